@@ -1,0 +1,45 @@
+"""What a person is told when something cannot be done, and the exit code that goes with it."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """The program's exit codes; a shell script can branch on them."""
+
+    OK = 0
+    FAILURE = 1
+    USAGE = 2  # a wrong flag, value or configuration
+    OUT_OF_MEMORY = 3
+    NOT_FOUND = 4  # a model, LoRA or file that is not there (or not cached, while offline)
+    PARTLY_FAILED = 5  # some jobs of a batch failed, the others are done
+    REFUSED = 6  # an input that is there but must not or cannot be used: pickle, wrong family, damaged, hostile
+    INTERRUPTED = 130
+
+
+class UserError(Exception):
+    """A message for the person at the terminal: one line that names the thing, the cause and the next step.
+
+    Raise it with the exit code that the command line shall end with. It is never a programming error:
+    those keep their own exceptions and, with ``--debug``, their traceback.
+    """
+
+    def __init__(self, message: str, exit_code: ExitCode = ExitCode.FAILURE) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def usage_error(message: str) -> UserError:
+    """A wrong flag, value or configuration key."""
+    return UserError(message, ExitCode.USAGE)
+
+
+def not_found(message: str) -> UserError:
+    """A file, folder, model or LoRA that is not where it was said to be."""
+    return UserError(message, ExitCode.NOT_FOUND)
+
+
+def refused(message: str) -> UserError:
+    """An input that is there but must not or cannot be used."""
+    return UserError(message, ExitCode.REFUSED)
