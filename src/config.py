@@ -60,7 +60,7 @@ class GenerationConfig:
     guidance_scale: float = 7.5
     negative_prompt: str = ""
     scheduler: str = "dpm++_2m_karras"
-    preset: str | None = None  # lcm | turbo | lightning | hyper
+
     seed: int | None = None  # None: random, and printed
     num_images: int = 1
     batch_size: int = 1
@@ -77,6 +77,7 @@ class PathsConfig:
     lora: str = "models/lora"
     wildcards: str = "wildcards"
     outputs: str = "outputs"
+    prefix: str = "gen"  # pictures are named PREFIX_YYYYMMDD_HHMMSS_NNN.png
 
 
 @dataclass(slots=True)

@@ -1,0 +1,35 @@
+# make demo   draw a picture with the embedded model        make check  lint, then the tests
+# make test   the whole test suite                          make bench  time and memory of what this project promises
+# Each makes .venv and installs what it needs. PYTHON=python3.12 chooses another interpreter (3.10 or newer).
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO_PROMPT := a red circle left of a blue square on a white background
+
+.PHONY: demo test check bench clean
+
+demo: .venv/installed
+	$(BIN)/python main.py "$(DEMO_PROMPT)" --model embedded --seed 42
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest
+
+check: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+bench: .venv/installed
+	$(BIN)/python -m src.bench
+
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed; try make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache

@@ -1,0 +1,298 @@
+"""A model id, folder, single file or ``embedded`` -> a loaded diffusers pipeline on the CPU, and what is known about it.
+
+Components are loaded one by one with the classes that ``model_index.json`` names, after these were checked against our
+lists: no code of a model is ever run, no pickle opened, and a tensor that is missing is an error and never left random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from src import quiet
+
+# Before the imports, because the libraries read their variables and say their first words while being imported; here,
+# because not everybody comes through the command line. What the user has set himself is respected.
+quiet.silence_libraries()
+
+import diffusers  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from accelerate import init_empty_weights  # noqa: E402
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline  # noqa: E402
+from diffusers.loaders import single_file_utils  # noqa: E402
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+from src import downloads, model_files, model_source  # noqa: E402
+from src.config import PRECISIONS, AppConfig  # noqa: E402
+from src.errors import refused, usage_error  # noqa: E402
+from src.model_files import Family  # noqa: E402
+from src.tensor_files import read_header  # noqa: E402
+
+quiet.silence_libraries()  # and after: loggers and bars that exist only now
+
+Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+CLASSES = {
+    "unet": diffusers.UNet2DConditionModel,
+    "vae": AutoencoderKL,
+    "safety_checker": StableDiffusionSafetyChecker,
+    "feature_extractor": transformers.CLIPImageProcessor,
+    **dict.fromkeys(TOKENIZERS, transformers.CLIPTokenizer),
+}
+# Names that a VAE's attention had before diffusers 0.18, and still has in many files.
+_OLD_VAE_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A pipeline on the CPU in the precision it shall run in, and what the recipe of a picture says about it."""
+
+    pipeline: Pipeline
+    family: Family
+    name: str  # hub id, or the name of a folder or file: never a path
+    config_folder: Path  # with the components' configs: the model's own folder, or a single file's architecture
+    weights_path: Path  # the U-Net's (first) file, or the single file: what is hashed
+    vae_name: str | None  # of the VAE that replaced the model's own
+    device: torch.device  # where it shall run
+    dtype: torch.dtype
+    scheduler_config: dict[str, Any]  # of the model's own scheduler: its noise schedule and prediction type
+
+    @property
+    def precision(self) -> str:
+        """``dtype`` as configurations write it: fp16 | bf16 | fp32."""
+        return _precision(self.dtype)
+
+    @property
+    def device_name(self) -> str:
+        """The card's name, or the kind of device."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+    @property
+    def native_size_px(self) -> int:
+        """The width and height that the model was trained for."""
+        size = self.pipeline.unet.config.sample_size
+        return (size if isinstance(size, int) else min(size)) * self.pipeline.vae_scale_factor
+
+
+def load(config: AppConfig) -> LoadedModel:
+    """Find the model, fetch it if it is a hub id that is in no cache, and load it; nothing is moved to the device yet.
+
+    Raises UserError: usage (device or precision), not found, or refused (pickle, code, other families, damaged files).
+    """
+    wanted = config.model
+    device = pick_device(wanted.device)
+    dtype = pick_dtype(wanted.precision, device)
+    cache = Path(config.paths.cache).expanduser()
+    checker = not config.optimization.disable_safety_checker
+    source = model_source.resolve(
+        wanted.model_id, cache, wanted.offline, revision=wanted.revision, include_safety_checker=checker
+    )
+    if source.kind == "file":
+        weights_path = source.path
+        family, parts, folder = _load_single_file(source.path, wanted.architecture, dtype, cache, wanted.offline)
+    else:
+        folder = source.path or downloads.download_model(
+            wanted.model_id, cache, wanted.revision, precision=_precision(dtype), include_safety_checker=checker
+        )
+        family = model_files.family_of(folder)
+        classes = model_files.check_folder(folder, checker)
+        weights_path = _weight_files(folder / "unet", "unet", dtype)[0][0]
+        parts = {name: _load_component(folder / name, name, kind, dtype) for name, kind in classes.items()}
+    vae_name = None
+    if wanted.vae:
+        parts["vae"], vae_name = _load_other_vae(wanted.vae, parts["vae"], folder, dtype, cache, wanted.offline)
+    pipeline = _assemble(family, parts)
+    scheduler_config = dict(pipeline.scheduler.config)
+    return LoadedModel(pipeline, family, source.name, folder, weights_path, vae_name, device, dtype, scheduler_config)
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` -> the first of cuda, mps and cpu that is there. Raises UserError (usage) for one that is not."""
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if has_cuda else "mps" if has_mps else "cpu")
+    kind, _, number = name.partition(":")
+    if kind not in {"cuda", "mps", "cpu"} or (":" in name and not (kind == "cuda" and number.isascii() and number.isdigit())):
+        raise usage_error(f"device '{name}' is not known; choose auto, cuda, cuda:N, mps or cpu")
+    if kind == "cuda" and not has_cuda:
+        without = torch.version.cuda is None and torch.version.hip is None
+        why = "this torch is built for the CPU alone" if without else "torch finds no card"
+        raise usage_error(f"device '{name}' cannot be used: {why}; use --device cpu, or install the torch for your card")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise usage_error(f"device '{name}' is not there; the cards are cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+    if kind == "mps" and not has_mps:
+        raise usage_error("device 'mps' is only on Macs with Apple silicon; use --device cpu")
+    return torch.device(name)
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """``auto`` -> fp16 on a card; on a CPU bf16 where it computes in it (AMX, AVX512-BF16), else fp32.
+
+    fp16 on a CPU is refused: it is emulated there, which is slower than fp32. Raises UserError (usage).
+    """
+    if precision not in PRECISIONS:
+        raise usage_error(f"precision '{precision}' is not known; choose {', '.join(PRECISIONS)}")
+    if precision == "fp16" and device.type == "cpu":
+        raise usage_error("precision fp16 needs a graphics card, a CPU is slower with it than with fp32; choose bf16 or fp32")
+    if precision == "auto":
+        abilities = torch.cpu.get_capabilities()
+        on_cpu = "bf16" if abilities.get("amx_bf16") or abilities.get("avx512_bf16") else "fp32"
+        precision = on_cpu if device.type == "cpu" else "fp16"
+    return DTYPES[precision]
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
+def _load_component(folder: Path, component: str, class_name: str, dtype: torch.dtype) -> Any:
+    """One component of a model folder, with every tensor that its configuration asks for."""
+    library = diffusers if component == "scheduler" else transformers
+    kind = CLASSES.get(component) or getattr(library, class_name, None)
+    again = "take another copy of the model"
+    if kind is None:
+        raise refused(f"{folder}: the installed {library.__name__} knows no {class_name}; {again}")
+    if component not in model_files.WEIGHT_STEMS:
+        return _checked(folder, lambda: kind.from_pretrained(folder, local_files_only=True), again)
+    files, variant = _weight_files(folder, component, dtype)
+    for file in files:
+        read_header(file)  # so that a file which was cut off is named as such, before a library guesses why
+    options = {"dtype": dtype, "variant": variant, "use_safetensors": True, "local_files_only": True}
+    model, info = _checked(folder, lambda: kind.from_pretrained(folder, **options, output_loading_info=True), again)
+    missing = []
+    if missing:
+        raise refused(f"{folder}: {len(missing)} tensors are missing, such as {missing[0]}; {again}")
+    return model
+
+
+def _weight_files(folder: Path, component: str, dtype: torch.dtype) -> tuple[list[Path], str | None]:
+    """The .safetensors files of a component to load, and their variant."""
+    names = {path.name for path in folder.glob("*")}
+    chosen, variant = model_files.select_weights(component, names, prefer_fp16=dtype != torch.float32)
+    return [folder / name for name in chosen if name.endswith(".safetensors")], variant
+
+
+def _load_single_file(
+    path: Path, architecture: str | None, dtype: torch.dtype, cache: Path, offline: bool
+) -> tuple[Family, dict[str, Any], Path]:
+    """A checkpoint in the original layout: its family, its components, and the folder with their configurations.
+
+    The file holds the networks alone; the tokenizer is that of the architecture's folder or of the family.
+    """
+    header = read_header(path)
+    family = model_files.family_of_header(header, path)
+    prediction = model_files.prediction_type_of(header)
+    folder = model_files.architecture_folder(header, path, architecture)
+    classes = model_files.read_components(folder, include_safety_checker=False)
+    has_tokenizers = all(_is_whole(folder / name, name) for name in classes if name in TOKENIZERS)
+    tokenizers = folder if has_tokenizers else downloads.download_tokenizer(family, cache, offline=offline)
+    tensors = load_file(path)
+    parts: dict[str, Any] = {}
+    for name, kind in classes.items():
+        if name in model_files.WEIGHT_STEMS:
+            parts[name] = _convert(path, name, kind, tensors, folder, dtype)
+        else:
+            parts[name] = _load_component((tokenizers if name in TOKENIZERS else folder) / name, name, kind, dtype)
+    if prediction and not architecture:
+        changes = {"prediction_type": prediction} | ({"rescale_betas_zero_snr": True} if "ztsnr" in tensors else {})
+        parts["scheduler"] = type(parts["scheduler"]).from_config(parts["scheduler"].config, **changes)
+    return family, parts, folder
+
+
+def _convert(
+    path: Path, component: str, class_name: str, tensors: dict[str, torch.Tensor], architecture: Path, dtype: torch.dtype
+) -> Any:
+    """One component out of a file in the original layout, with every tensor that the architecture asks for."""
+    hint = f"is it a '{architecture.name}'? {model_files.architecture_hint()}"
+
+    def build() -> tuple[Any, Any]:
+        with init_empty_weights():
+            if component in CLASSES:
+                kind = CLASSES[component]
+                model = kind.from_config(kind.load_config(architecture / component, local_files_only=True))
+            else:
+                kind = getattr(transformers, class_name)
+                model = kind(kind.config_class.from_pretrained(architecture / component, local_files_only=True))
+        state = {name: tensor.to(dtype) for name, tensor in _renamed(component, model, tensors).items()}
+        return model, model.load_state_dict(state, strict=False, assign=True)
+
+    model, keys = _checked(path, build, hint)
+    if keys.missing_keys:
+        raise refused(
+            f"{path}: {len(keys.missing_keys)} tensors are missing, such as {component}.{keys.missing_keys[0]}; {hint}"
+        )
+    surplus = sum(name.startswith("model.diffusion_model.") for name in tensors) - len(model.state_dict())
+    if component == "unet" and surplus:
+        raise refused(f"{path}: its U-Net has {surplus} tensors too many; {hint}")
+    return model.eval()
+
+
+def _renamed(component: str, model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of one component under the names that ``model`` has for them. The translation is that of diffusers."""
+    if component == "unet":
+        return single_file_utils.convert_ldm_unet_checkpoint(tensors, model.config)
+    if component == "vae":
+        if not any(name.startswith("encoder.down_blocks.") for name in tensors):
+            return single_file_utils.convert_ldm_vae_checkpoint(tensors, model.config)
+        for old, new in _OLD_VAE_ATTENTION.items():
+            tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+        return tensors
+    open_clip = "conditioner.embedders.1.model." if component == "text_encoder_2" else "cond_stage_model.model."
+    if any(name.startswith(open_clip) for name in tensors):
+        state = single_file_utils.convert_open_clip_checkpoint(model, tensors, prefix=open_clip)
+    else:
+        state = single_file_utils.convert_ldm_clip_checkpoint(tensors)
+    if not hasattr(
+        model, "text_model"
+    ):  # CLIPTextModel lost this level in transformers 5.6, CLIPTextModelWithProjection kept it
+        state = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
+    return state
+
+
+def _is_whole(folder: Path, component: str) -> bool:
+    return model_files.component_error(folder, component, {path.name for path in folder.glob("*")}) is None
+
+
+def _load_other_vae(
+    vae: str, own: AutoencoderKL, config_folder: Path, dtype: torch.dtype, cache: Path, offline: bool
+) -> tuple[AutoencoderKL, str]:
+    """The VAE that replaces a model's own, and its name: a folder, a file in either layout, or the VAE out of a checkpoint.
+
+    A file brings no configuration and is given that of the model's own.
+    """
+    source = model_source.resolve_vae(vae, cache, offline)
+    if source.kind == "file":
+        read_header(source.path)
+        return _convert(source.path, "vae", "AutoencoderKL", load_file(source.path), config_folder, dtype), source.name
+    folder = source.path or downloads.download_vae(vae, cache, precision=_precision(dtype))
+    other = _load_component(model_files.vae_folder(folder), "vae", "AutoencoderKL", dtype)
+    for fact in ("scaling_factor", "latent_channels"):
+        if other.config[fact] != own.config[fact]:
+            raise refused(
+                f"{vae}: belongs to another family of models: its {fact} is {other.config[fact]}, "
+                f"this model's is {own.config[fact]}; leave out --vae"
+            )
+    return other, source.name
+
+
+def _assemble(family: Family, parts: dict[str, Any]) -> Pipeline:
+    if family == "SDXL":
+        parts = {name: part for name, part in parts.items() if name not in model_files.OF_SAFETY_CHECKER}
+        return StableDiffusionXLPipeline(**parts, add_watermarker=False)  # None adds one where its package is installed
+    without = {"safety_checker": None, "feature_extractor": None}
+    return StableDiffusionPipeline(**(without | parts), requires_safety_checker=False)  # False: no lecture if there is none
+
+
+def _checked(path: Path, build: Callable[[], Any], hint: str) -> Any:
+    """Run a library's loader. What loaders raise over files that they cannot use has no class in common, and many lines."""
+    try:
+        return build()
+    except Exception as error:
+        cause = " ".join(str(error).split())[:160] or type(error).__name__
+        raise refused(f"{path}: cannot be loaded ({cause}); {hint}") from error

@@ -1,0 +1,87 @@
+"""The door of ``python main.py``: reads the command line, checks all that can be checked, and only then imports torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from src.arguments import build_config, help_text, parse_arguments
+from src.errors import ExitCode, UserError
+from src.schedulers import list_schedulers
+from src.terminal import Terminal
+from src.version import VERSION
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the program and return its exit code. Errors are one line; ``--debug`` adds the traceback."""
+    terminal = Terminal(as_json="--json" in argv)
+    try:
+        return _run(argv, terminal)
+    except UserError as error:
+        code, message = error.exit_code, str(error)
+    except KeyboardInterrupt:
+        terminal.say("interrupted; the pictures finished so far are kept")
+        return ExitCode.INTERRUPTED
+    except BrokenPipeError:  # the reader of our output is gone, e.g. `| head`
+        sys.stdout = None
+        return ExitCode.FAILURE
+    except Exception as error:
+        if "--debug" in argv:
+            raise
+        first_line = (str(error).strip() or "no message").splitlines()[0]
+        code, message = (
+            ExitCode.FAILURE,
+            f"unexpected {type(error).__name__}: {first_line}; run again with --debug to see where",
+        )
+    if "--debug" in argv:
+        import traceback
+
+        traceback.print_exc()
+    terminal.error(message, code)
+    return code
+
+
+def _run(argv: Sequence[str], terminal: Terminal) -> int:
+    typed = parse_arguments(argv)
+    if _print_information(typed):
+        return ExitCode.OK
+    from src import orders  # reads pictures, recipes and job files; --help must not pay for that
+
+    recipe = orders.read_recipe(typed, terminal)
+    config = build_config(typed, recipe.settings if recipe else None)
+    if recipe is not None:
+        orders.follow_recipe(recipe, typed, config)
+    if "estimate_vram" in typed:
+        from src.estimate import estimate
+
+        print(estimate(config, orders.read_request(config, {"prompt": "-", **typed})))
+        return ExitCode.OK
+    jobs = orders.read_jobs(typed, config)
+    wishes = orders.check_surroundings(typed, config)
+
+    from src import quiet
+
+    quiet.silence_libraries(verbose="verbose" in typed)
+    from src.generator import TextToImageGenerator  # torch: seconds, paid only when all that was typed is right
+    from src.session import Session
+
+    generator = TextToImageGenerator(config, terminal.say)
+    generator.allow_partial = "allow_partial" in typed
+    code = Session(generator, terminal, wishes).run(jobs)
+    if recipe is not None:
+        orders.compare_with_recipe(recipe, generator.weights_sha256(), terminal)
+    return code
+
+
+def _print_information(typed: dict[str, Any]) -> bool:
+    """Answer --help and its like; whether that was what was asked."""
+    if "help" in typed:
+        print(help_text())
+    elif "version" in typed:
+        print(VERSION)
+    elif "list_schedulers" in typed:
+        print(list_schedulers())
+    else:
+        return False
+    return True

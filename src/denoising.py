@@ -1,0 +1,226 @@
+"""From noise to a picture: the one place where our request becomes a call of a diffusers pipeline.
+
+Pictures are encoded and decoded here and not inside the pipeline, one at a time: the peak of a batch is then that of a
+single picture, a picture does not depend on its neighbours, and what is not finite is noticed. Letters: B images,
+h and w latent size (an eighth of the pixels).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import diffusers
+import numpy
+import torch
+from PIL import Image
+
+from src.conditioning import Conditioning, stack
+from src.errors import UserError
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, DiffusionPipeline
+
+    from src.request import PictureRequest
+
+_PIPELINES = {
+    ("txt2img", False): "StableDiffusionPipeline",
+    ("img2img", False): "StableDiffusionImg2ImgPipeline",
+    ("inpaint", False): "StableDiffusionInpaintPipeline",
+    ("txt2img", True): "StableDiffusionXLPipeline",
+    ("img2img", True): "StableDiffusionXLImg2ImgPipeline",
+    ("inpaint", True): "StableDiffusionXLInpaintPipeline",
+}
+
+StepCallback = Callable[[int, int, torch.Tensor], None]  # steps done, steps in all, latents (B, 4, h, w)
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What an image-to-image run starts from: the picture and the mask, in the size that is drawn."""
+
+    image: Image.Image  # RGB
+    mask: Image.Image | None = None  # L, white is repainted
+
+
+class NotFinite(ArithmeticError):
+    """A tensor holds NaN or infinity: the precision was too small for the model."""
+
+
+def generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One CPU generator per image; it draws the first noise and whatever an ancestral or SDE sampler adds."""
+    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+
+
+def noise(sources: Sequence[torch.Generator], channels: int, height: int, width: int) -> torch.Tensor:
+    """Each image's own float32 noise, (B, channels, height, width): the same on every device and at any batch size."""
+    return torch.stack([torch.randn(channels, height, width, generator=source) for source in sources])
+
+
+def denoise(
+    pipeline: DiffusionPipeline,
+    request: PictureRequest,
+    conditionings: Sequence[Conditioning],
+    sources: Sequence[torch.Generator],
+    start: Start | None = None,
+    on_step: StepCallback | None = None,
+) -> torch.Tensor:
+    """Run the sampler and return the latents (B, 4, h, w) of one batch; the request's size is set. Raises NotFinite."""
+    width_px, height_px = request.width, request.height
+    arguments = {
+        **stack(conditionings),
+        "num_inference_steps": request.num_inference_steps,
+        "guidance_scale": request.guidance_scale,
+        "generator": list(sources),
+        "output_type": "latent",
+        "callback_on_step_end": _report_to(on_step),
+    }
+    if start is None:
+        latents = noise(sources, pipeline.vae.config.latent_channels, height_px // 8, width_px // 8)
+        dtype = arguments["prompt_embeds"].dtype
+        arguments |= {"latents": latents.to(pipeline._execution_device, dtype), "height": height_px, "width": width_px}
+    else:
+        arguments |= _start_arguments(pipeline, request, sources, start)
+    with torch.no_grad():
+        latents = _as_mode(pipeline, request.mode)(**arguments).images
+    if not torch.isfinite(latents).all():
+        raise NotFinite("the U-Net's output")
+    return latents
+
+
+def to_pixels(picture: Image.Image) -> torch.Tensor:
+    """An RGB picture -> (1, 3, H, W), float32 in [-1, 1]."""
+    return torch.from_numpy(numpy.array(picture.convert("RGB"))).permute(2, 0, 1)[None] / 127.5 - 1
+
+
+def encode(vae: AutoencoderKL, pixels: torch.Tensor, device: torch.device, source: torch.Generator) -> torch.Tensor:
+    """Pixels (1, 3, H, W) in [-1, 1] -> a sample of their latents (1, 4, h, w), in the VAE's precision."""
+    with torch.no_grad():
+        posterior = vae.encode(pixels.to(device, vae.dtype)).latent_dist
+    return _normalise(vae, posterior.sample(source))
+
+
+def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """Latents (1, 4, h, w) -> pixels (1, 3, H, W), float32 in [0, 1] on the CPU. Raises NotFinite."""
+    latents = latents.to(vae.dtype)
+    mean, deviation = _channel_statistics(vae, latents)
+    latents = latents * deviation / vae.config.scaling_factor + mean
+    with torch.no_grad():
+        pixels = vae.decode(latents, return_dict=False)[0]
+    if not torch.isfinite(pixels).all():
+        raise NotFinite("the VAE's output")
+    return (pixels / 2 + 0.5).clamp(0, 1).float().cpu()
+
+
+def _normalise(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """The VAE's latents -> the U-Net's, of about unit variance."""
+    mean, deviation = _channel_statistics(vae, latents)
+    return (latents - mean) * vae.config.scaling_factor / deviation
+
+
+def _channel_statistics(vae: AutoencoderKL, like: torch.Tensor) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+    """Mean and deviation of each latent channel; 0 and 1 but for some SDXL VAEs."""
+    mean, deviation = vae.config.get("latents_mean"), vae.config.get("latents_std")
+    if mean is None or deviation is None:
+        return 0.0, 1.0
+    return like.new_tensor(mean).view(1, -1, 1, 1), like.new_tensor(deviation).view(1, -1, 1, 1)
+
+
+def to_picture(pixels: torch.Tensor) -> Image.Image:
+    """Pixels (1, 3, H, W) in [0, 1] -> an RGB picture, rounded to 8 bits."""
+    array = (pixels[0].permute(1, 2, 0).numpy() * 255).round().astype("uint8")
+    return Image.fromarray(array)
+
+
+def is_flagged(pipeline: DiffusionPipeline, pixels: torch.Tensor) -> bool:
+    """Whether the safety checker that the model ships, if it was loaded, objects to pixels (1, 3, H, W) in [0, 1]."""
+    if getattr(pipeline, "safety_checker", None) is None:
+        return False
+    _, flags = pipeline.run_safety_checker(pixels * 2 - 1, pipeline._execution_device, pipeline.unet.dtype)
+    return any(flags)
+
+
+def keep_outside_mask(drawn: Image.Image, start: Start) -> Image.Image:
+    """Put the original's pixels back where the mask is black: the VAE's round trip would change them."""
+    return Image.composite(drawn, start.image, start.mask)
+
+
+def preview_matrix(vae: AutoencoderKL, device: torch.device) -> torch.Tensor:
+    """A linear map (4 + 1, 3) from a latent (and 1) to RGB, fitted to how the VAE encodes 27 flat colours.
+
+    Works for any VAE without a table of magic numbers; a preview costs a matrix product instead of a decode.
+    """
+    levels = torch.tensor([-0.8, 0.0, 0.8])
+    colours = torch.cartesian_prod(levels, levels, levels)  # (27, 3), in [-1, 1]
+    tiles = colours[:, :, None, None].expand(-1, -1, 64, 64).to(device, vae.dtype)
+    with torch.no_grad():
+        means = torch.cat([vae.encode(tile[None]).latent_dist.mean for tile in tiles])  # (27, 4, 8, 8)
+    centres = _normalise(vae, means)[:, :, 2:-2, 2:-2].mean(dim=(2, 3)).float().cpu()
+    return torch.linalg.lstsq(torch.cat([centres, torch.ones(27, 1)], dim=1), colours).solution
+
+
+def preview(latents: torch.Tensor, matrix: torch.Tensor) -> list[Image.Image]:
+    """Latents (B, 4, h, w) -> small pictures of the denoising so far, w x h pixels each."""
+    scaled = latents.float().cpu()
+    scaled = scaled / scaled.std(dim=(1, 2, 3), keepdim=True).clamp(min=1)  # early latents are mostly noise of a large sigma
+    ones = torch.ones_like(scaled[:, :1])
+    rgb = torch.einsum("bchw,ck->bkhw", torch.cat([scaled, ones], dim=1), matrix)  # (B, 3, h, w), in [-1, 1]
+    return [to_picture((item[None] / 2 + 0.5).clamp(0, 1)) for item in rgb]
+
+
+def _as_mode(pipeline: DiffusionPipeline, mode: str) -> DiffusionPipeline:
+    """The same components in the pipeline class of the mode; nothing is copied."""
+    is_sdxl = hasattr(pipeline, "text_encoder_2")
+    kind = getattr(diffusers, _PIPELINES[mode, is_sdxl])
+    if type(pipeline) is kind:
+        return pipeline
+    extra = {} if is_sdxl else {"requires_safety_checker": False}
+    other = kind(**pipeline.components, **extra)
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def _start_arguments(
+    pipeline: DiffusionPipeline, request: PictureRequest, sources: Sequence[torch.Generator], start: Start
+) -> dict[str, object]:
+    """The arguments of image to image and inpainting. Latents are handed over in place of pixels: see the module's head."""
+    device, unet_dtype = pipeline._execution_device, pipeline.unet.dtype
+
+    def encode_all(pixels: torch.Tensor) -> torch.Tensor:
+        latents = torch.cat([encode(pipeline.vae, pixels, device, source) for source in sources]).to(unet_dtype)
+        if not torch.isfinite(latents).all():
+            raise NotFinite("the VAE's encoding")
+        return latents
+
+    pixels = to_pixels(start.image)
+    image = encode_all(pixels)
+    arguments: dict[str, object] = {"image": image, "strength": request.strength}
+    if start.mask is not None:
+        arguments |= {"mask_image": start.mask, "width": request.width, "height": request.height, "masked_image_latents": image}
+        if pipeline.unet.config.in_channels == 9:  # an inpainting U-Net is shown the picture with a grey hole
+            kept = torch.from_numpy(numpy.array(start.mask)) < 128
+            arguments["masked_image_latents"] = encode_all(pixels * kept)
+    return arguments
+
+
+def _report_to(on_step: StepCallback | None) -> Callable[..., dict[str, object]] | None:
+    """Translate diffusers' callback to ours; second-order samplers call the U-Net twice a step."""
+    if on_step is None:
+        return None
+
+    def on_step_end(
+        pipeline: DiffusionPipeline, index: int, timestep: object, tensors: dict[str, torch.Tensor]
+    ) -> dict[str, object]:
+        total = pipeline.num_timesteps
+        on_step(index + 1, total, tensors["latents"])
+        return {}
+
+    return on_step_end
+
+
+def explain_not_finite(error: NotFinite, precision: str) -> UserError:
+    """What to say when even the larger precision did not help."""
+    return UserError(
+        f"{error} holds values that are no numbers in {precision}; draw with --precision fp32 (or bf16, where the card has it)"
+    )

@@ -1,0 +1,131 @@
+"""What this machine has, asked without torch: the graphics card, main memory, and whether the CPU multiplies in bf16.
+
+The card is asked through NVML, the library inside NVIDIA's driver, so it costs milliseconds and creates no CUDA context.
+Whoever loads a model asks torch again; these answers are for planning before that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+NVML_LIBRARY = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
+NAME_BYTES = 96  # NVML_DEVICE_NAME_V2_BUFFER_SIZE
+BF16_FLAGS = {"amx_bf16", "avx512_bf16"}
+
+
+@dataclass(frozen=True)
+class Card:
+    """An NVIDIA card. ``free_bytes`` is what no other program uses right now; ``index`` is the driver's, in PCI order."""
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+    index: int
+
+
+class _NvmlMemory(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_ulonglong) for name in ("total", "free", "used")]
+
+
+class _WindowsMemory(ctypes.Structure):
+    """MEMORYSTATUSEX of kernel32."""
+
+    _fields_ = [("length", ctypes.c_ulong), ("load", ctypes.c_ulong)] + [
+        (name, ctypes.c_ulonglong)
+        for name in ("total", "available", "total_page", "available_page", "total_virtual", "available_virtual", "extended")
+    ]
+
+
+def detect_card(ordinal: int = 0, nvml: Any = None, visible: str | None = None) -> Card | None:
+    """The card that torch would call ``cuda:ordinal``, or None where there is no such card or no driver.
+
+    ``visible`` stands for CUDA_VISIBLE_DEVICES, honoured where it lists numbers; with UUIDs in it the answer is None.
+    ``nvml`` stands for the driver's library.
+    """
+    index = _driver_index(ordinal, os.environ.get("CUDA_VISIBLE_DEVICES") if visible is None else visible)
+    if index is None:
+        return None
+    try:
+        nvml = nvml or ctypes.CDLL(NVML_LIBRARY)
+    except OSError:
+        return None
+    if nvml.nvmlInit_v2():
+        return None
+    try:
+        return _read_card(nvml, index)
+    finally:
+        nvml.nvmlShutdown()
+
+
+def total_memory_bytes(meminfo: str | None = None) -> int:
+    """Main memory of this machine. ``meminfo`` stands for the text of /proc/meminfo."""
+    if sys.platform == "win32":
+        return _windows_memory().total
+    total_bytes = _meminfo_bytes("MemTotal", meminfo)
+    return total_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def available_memory_bytes(meminfo: str | None = None) -> int | None:
+    """Main memory that programs can still get without swapping; None where the system does not say (macOS)."""
+    if sys.platform == "win32":
+        return _windows_memory().available
+    return _meminfo_bytes("MemAvailable", meminfo)
+
+
+def cpu_has_bf16(cpuinfo: str | None = None) -> bool:
+    """Whether the CPU multiplies bf16 matrices in hardware (AMX-BF16 or AVX512-BF16), by the flags of /proc/cpuinfo.
+
+    False where there is no such file: the model loader asks torch again, this answer only precedes it.
+    """
+    text = _read_text("/proc/cpuinfo") if cpuinfo is None else cpuinfo
+    flags = next((line.partition(":")[2] for line in text.splitlines() if line.startswith("flags")), "")
+    return not BF16_FLAGS.isdisjoint(flags.split())
+
+
+def _driver_index(ordinal: int, visible: str | None) -> int | None:
+    """The driver's number of the ``ordinal``-th visible card. As CUDA does, the list ends at its first invalid entry."""
+    if visible is None:
+        return ordinal
+    numbers: list[int] = []
+    for entry in visible.split(","):
+        if not entry.strip().isdecimal():
+            break
+        numbers.append(int(entry))
+    return numbers[ordinal] if ordinal < len(numbers) else None
+
+
+def _read_card(nvml: Any, index: int) -> Card | None:
+    handle, name, memory = ctypes.c_void_p(), ctypes.create_string_buffer(NAME_BYTES), _NvmlMemory()
+    failed = (
+        nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(handle))
+        or nvml.nvmlDeviceGetName(handle, name, ctypes.c_uint(NAME_BYTES))
+        or nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory))
+    )
+    return None if failed else Card(name.value.decode("utf-8", "replace"), memory.total, memory.free, index)
+
+
+def _meminfo_bytes(field: str, meminfo: str | None) -> int | None:
+    text = _read_text("/proc/meminfo") if meminfo is None else meminfo
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0]) * 1024  # the file says kB and means KiB
+    return None
+
+
+def _windows_memory() -> _WindowsMemory:
+    memory = _WindowsMemory(length=ctypes.sizeof(_WindowsMemory))
+    ctypes.WinDLL("kernel32").GlobalMemoryStatusEx(ctypes.byref(memory))
+    return memory
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,133 @@
+"""Job files, one picture order a line, and the journal that lets an interrupted batch go on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from src.errors import refused, usage_error
+from src.files import append_line, require_file
+from src.prompts import decode_utf8
+
+MAX_JOB_FILE_BYTES = 64 << 20
+STDIN = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class JobLine:
+    """One job as written, and its line number, counted from 1."""
+
+    number: int
+    text: str
+
+
+def read_job_lines(source: str, stdin: TextIO) -> list[JobLine]:
+    """Read a job file, or ``stdin`` when ``source`` is "-": UTF-8, blank lines and lines that begin with # do not count.
+
+    Raises UserError: not found; refused for what is not a file, not UTF-8 (line and byte are named) or over 64 MiB.
+    """
+    name = "standard input" if source == STDIN else source
+    data = _read_stdin(stdin) if source == STDIN else _read_file(Path(source), MAX_JOB_FILE_BYTES + 1)
+    if len(data) > MAX_JOB_FILE_BYTES:
+        raise refused(f"{name}: larger than {MAX_JOB_FILE_BYTES >> 20} MiB; split it into several job files")
+    lines = decode_utf8(data, name).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    stripped = (JobLine(number, line.strip()) for number, line in enumerate(lines, start=1))
+    return [line for line in stripped if line.text and not line.text.startswith("#")]
+
+
+def _read_stdin(stdin: TextIO) -> bytes:
+    binary = getattr(stdin, "buffer", None)  # past the terminal's own encoding, which need not be UTF-8
+    if binary is not None:
+        return binary.read(MAX_JOB_FILE_BYTES + 1)
+    return stdin.read(MAX_JOB_FILE_BYTES + 1).encode("utf-8", "surrogatepass")
+
+
+def _read_file(path: Path, size: int = -1) -> bytes:
+    """The first ``size`` bytes of a file, or all of them."""
+    require_file(path)
+    try:
+        with path.open("rb") as file:
+            return file.read(size)
+    except OSError as error:
+        raise refused(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+
+
+def split_flags(text: str) -> list[str] | None:
+    """Split a job line that begins with ``--`` as a shell would; None for a bare prompt.
+
+    Within double quotes ``\\(`` stays as it is. Raises UserError (usage) for a quote that is not closed.
+    """
+    if not text.startswith("--"):
+        return None
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        cause = str(error).lower()  # "no closing quotation" or "no escaped character"
+        raise usage_error(f'{text[:60]!a}: {cause}; put text with spaces or apostrophes in "..."') from None
+
+
+def job_id(settings: Mapping[str, Any], occurrence: int) -> str:
+    """Name a job by its content: 16 hex digits, the same for the same settings in any order.
+
+    ``settings`` hold JSON values; ``occurrence`` counts equal jobs of one batch from 0, so that each has its own pictures.
+    """
+    document = json.dumps([occurrence, dict(settings)], sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(document.encode()).hexdigest()[:16]
+
+
+@dataclass(slots=True)
+class _Progress:
+    seed: int
+    files: dict[int, str] = field(default_factory=dict)  # picture index -> file name
+
+
+class Journal:
+    """What earlier runs into a folder have finished: one JSON line per picture, appended after the picture is on disk.
+
+    A line says ``{"job": ..., "index": ..., "seed": ..., "file": ...}``. Lines that are torn or not ours do not count.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open the journal ``path``, which lies in the folder of its pictures and need not exist yet."""
+        self.path = path
+        self._jobs: dict[str, _Progress] = {}
+        if path.exists():
+            for line in _read_file(path).split(b"\n"):
+                self._remember(line)
+
+    def finished(self, job: str, index: int) -> Path | None:
+        """The file of a job's picture if it was finished and is still there."""
+        progress = self._jobs.get(job)
+        name = progress.files.get(index) if progress else None
+        return self.path.parent / name if name and (self.path.parent / name).is_file() else None
+
+    def seed_of(self, job: str) -> int | None:
+        """The seed that an earlier run drew for a job, so that its other pictures belong to those that are there."""
+        progress = self._jobs.get(job)
+        return progress.seed if progress else None
+
+    def record(self, job: str, index: int, path: Path, seed: int) -> None:
+        """Note a finished picture. ``seed`` is the job's, which picture ``index`` adds its index to.
+
+        Raises ValueError for a picture outside the journal's folder, UserError when the disk says no.
+        """
+        if path.resolve().parent != self.path.resolve().parent:
+            raise ValueError(f"{path} does not lie beside the journal {self.path}")
+        line = json.dumps({"job": job, "index": index, "seed": seed, "file": path.name})
+        append_line(self.path, line)
+        self._remember(line.encode())
+
+    def _remember(self, line: bytes) -> None:
+        try:
+            entry = json.loads(line)
+            job, index, seed, name = (entry[key] for key in ("job", "index", "seed", "file"))
+        except (ValueError, TypeError, LookupError, RecursionError):
+            return
+        is_ours = isinstance(job, str) and type(index) is int and type(seed) is int and isinstance(name, str)
+        if is_ours and index >= 0 and seed >= 0 and name not in {".", ".."} and not set(name) & set("/\\\0"):
+            self._jobs.setdefault(job, _Progress(seed)).files[index] = name

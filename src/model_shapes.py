@@ -1,0 +1,367 @@
+"""What a model's config files say about its size: parameters and live activation bytes, in plain Python.
+
+The networks are those of diffusers: UNet2DConditionModel and AutoencoderKL, with CLIP text encoders. Parameter counts are
+exact. Activation bytes follow the tensors that the forward pass keeps alive at once, in inference, with a fused attention
+kernel (no score matrix). Convolutions can add a workspace as large as their input and output, because cuDNN copies both to
+channels-last for its tensor-core kernels. Peak of live tensors without it, fp16, in MB (10^6), computed and traced:
+
+                      U-Net, guidance on    VAE decode
+    SD 1.5   512 px      136.3   136.6      402.7   402.7
+    SD 2.1   768 px      306.7   307.0      906.0   906.1
+    SDXL    1024 px      330.3   330.9     1610.6  1610.9
+    small-sd 512 px      131.1   131.3      402.7   402.7
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from src.config import PRESETS_FOLDER, PROJECT_FOLDER
+from src.errors import not_found, refused
+
+ARCHITECTURES_FOLDER = PRESETS_FOLDER / "architectures"
+EMBEDDED_FOLDER = PROJECT_FOLDER / "models" / "embedded"
+
+BUNDLED = {  # hub id -> folder of configs/architectures
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
+    "runwayml/stable-diffusion-v1-5": "sd15",
+    "CompVis/stable-diffusion-v1-4": "sd15",
+    "stabilityai/stable-diffusion-2-1": "sd21",
+    "stabilityai/stable-diffusion-2": "sd21",
+    "stabilityai/stable-diffusion-2-1-base": "sd21-base",
+    "stabilityai/stable-diffusion-2-base": "sd21-base",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+    "segmind/small-sd": "small-sd",
+    "OFA-Sys/small-stable-diffusion-v0": "ofa-small",
+}
+
+# CompVis/stable-diffusion-safety-checker, the one that every model ships: CLIP ViT-L/14 vision tower and concept embeddings.
+SAFETY_CHECKER_PARAMETERS = 303_981_588
+
+MAX_CONFIG_BYTES = 1 << 20
+
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ModelShapes:
+    """Sizes of a diffusers model. ``parameters`` and ``largest_layer`` are counts by component name."""
+
+    family: str  # SD1 | SD2 | SDXL
+    native_px: int  # side of the square picture that the model was trained on
+    parameters: dict[str, int]  # unet, vae, text_encoder[_2], safety_checker
+    largest_layer: dict[str, int]  # the one layer with the most parameters
+    unet: Config
+    vae: Config
+    text_encoders: dict[str, Config]
+
+    @property
+    def latent_scale(self) -> int:
+        """Pixels along one side of a latent: 8 for every full-size model."""
+        return 2 ** (len(self.vae["block_out_channels"]) - 1)
+
+
+def read_shapes(folder: Path) -> ModelShapes:
+    """Read the configs of a diffusers folder; weights need not be there.
+
+    Raises UserError (not found) for a missing config, UserError (refused) for one that is not of this family of models.
+    """
+    index = _read_json(folder / "model_index.json")
+    try:
+        text_classes = {name: index[name][1] for name in ("text_encoder", "text_encoder_2") if _is_used(index, name)}
+        configs = {name: _read_json(folder / name / "config.json") for name in ("unet", "vae", *text_classes)}
+        layers = {"unet": list(_unet_layers(configs["unet"])), "vae": list(_vae_layers(configs["vae"]))}
+        for name, class_name in text_classes.items():
+            layers[name] = list(_text_layers(configs[name], projection=class_name == "CLIPTextModelWithProjection"))
+        if _is_used(index, "safety_checker"):
+            layers["safety_checker"] = [SAFETY_CHECKER_PARAMETERS]
+        return ModelShapes(
+            family=_family(configs["unet"]),
+            native_px=_side(configs["unet"]["sample_size"]) * 2 ** (len(configs["vae"]["block_out_channels"]) - 1),
+            parameters={name: sum(counts) for name, counts in layers.items()},
+            largest_layer={name: max(counts) for name, counts in layers.items()},
+            unet=configs["unet"],
+            vae=configs["vae"],
+            text_encoders={name: configs[name] for name in text_classes},
+        )
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        detail = f"{type(error).__name__}: {error}"
+        raise refused(f"{folder}: not a Stable Diffusion 1.x, 2.x or XL model ({detail}); choose one of those") from None
+
+
+def bundled_shapes(model_id: str) -> ModelShapes | None:
+    """Shapes of a known hub id, of a preset's name (``"sdxl"``) or of ``"embedded"``, without the model; else None."""
+    if model_id == "embedded":
+        return read_shapes(EMBEDDED_FOLDER)
+    name = BUNDLED.get(model_id, model_id)
+    return read_shapes(ARCHITECTURES_FOLDER / name) if name in BUNDLED.values() else None
+
+
+def unet_activation_bytes(unet: Config, latent_size: tuple[int, int], batch: int, element_bytes: int, workspace: bool) -> int:
+    """Peak of live activations in one U-Net forward pass. ``latent_size`` (H, W); ``batch`` counts guidance's second half."""
+    down, mid, up = _unet_blocks(unet)
+    maps = _MapBytes(latent_size, batch, element_bytes)
+    skips = [maps(unet["block_out_channels"][0], 0)]  # every output of the down path waits for the up path
+    peak = 0
+    for block in down:
+        for channels_in, channels_out in block.resnets:
+            x, y = maps(channels_in, block.level), maps(channels_out, block.level)
+            peak = max(peak, sum(skips) - x + _resnet_peak(x, y, workspace), sum(skips) + _transformer_peak(y, block.depth))
+            skips.append(y)
+        if block.resample:
+            skips.append(maps(block.channels, block.level + 1))
+    current = skips[-1]
+    if mid is not None:
+        peak = max(
+            peak, sum(skips) + _resnet_peak(current, current, workspace), sum(skips) + _transformer_peak(current, mid.depth)
+        )
+    for block in up:
+        entering = current  # the caller's name for it keeps it alive through the block, and the block's skips with it
+        held = sum(skips) + entering
+        for _, channels_out in block.resnets:
+            x, y = current + skips.pop(), maps(channels_out, block.level)
+            peak = max(peak, held + _resnet_peak(x, y, workspace), held + _transformer_peak(y, block.depth))
+            current = y
+        if block.resample:
+            raised = maps(block.channels, block.level - 1)
+            peak = max(peak, held + current + raised * (4 if workspace else 2))
+            current = raised
+    return peak
+
+
+def decoder_activation_bytes(vae: Config, latent_size: tuple[int, int], batch: int, element_bytes: int, workspace: bool) -> int:
+    """Peak of live activations in one VAE decode of ``batch`` latents of ``latent_size`` (H, W), without tiling."""
+    blocks = _decoder_blocks(vae)
+    maps = _MapBytes(latent_size, batch, element_bytes, finest_level=len(blocks) - 1)
+    peak = 0
+    current = maps(blocks[0].channels, blocks[0].level)
+    for block in blocks:
+        entering = current
+        for position, (channels_in, channels_out) in enumerate(block.resnets):
+            held = entering if position else 0  # the first one's input is the block's
+            current = maps(channels_out, block.level)
+            peak = max(peak, held + _resnet_peak(maps(channels_in, block.level), current, workspace))
+        if block.resample:
+            raised = maps(block.channels, block.level - 1)
+            peak = max(peak, entering + current + raised * (4 if workspace else 2))
+            current = raised
+    return peak
+
+
+@dataclass(frozen=True)
+class _Block:
+    """ResNets of one resolution, each followed by a transformer where ``depth`` > 0, then a change of resolution."""
+
+    level: int  # 0 is the finest resolution; each level halves it
+    resnets: tuple[tuple[int, int], ...]  # (channels in, channels out)
+    depth: int = 0
+    context: int = 0  # width of the text embedding
+    resample: bool = False
+
+    @property
+    def channels(self) -> int:
+        return self.resnets[-1][1]
+
+
+@dataclass(frozen=True)
+class _MapBytes:
+    """Bytes of a feature map: ``maps(channels, level)``. Odd sizes round up, as a stride-2 convolution does."""
+
+    latent_size: tuple[int, int]
+    batch: int
+    element_bytes: int
+    finest_level: int = 0  # the level at which a map has the latent's size
+
+    def __call__(self, channels: int, level: int) -> int:
+        height, width = (-(-side * 2**self.finest_level // 2**level) for side in self.latent_size)
+        return self.batch * channels * height * width * self.element_bytes
+
+
+def _resnet_peak(x: int, y: int, workspace: bool) -> int:
+    """Live bytes of ``(shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x))))))) / scale``; x is held by the caller."""
+    shortcut = y if x != y else 0
+    copies = 1 if workspace else 0  # a convolution's input and output once more
+    return max(
+        3 * x,  # x, norm1, silu
+        2 * x + y + copies * (x + y),  # x, silu, conv1
+        x + 2 * y + copies * 2 * y,  # x, silu, conv2
+        x + 3 * y + shortcut,  # x, shortcut, conv2, sum, quotient
+    )
+
+
+def _transformer_peak(y: int, depth: int) -> int:
+    """Live bytes in the GEGLU feed-forward, the widest place of a transformer block: residual, input, hidden, norm, the last
+    attention's output, 8 maps of projection, 4 of gate, 4 of product."""
+    return 21 * y if depth else 0
+
+
+def _unet_blocks(unet: Config) -> tuple[list[_Block], _Block | None, list[_Block]]:
+    """The down path, the middle and the up path."""
+    channels = unet["block_out_channels"]
+    count = len(channels)
+    layers = _per_block(unet.get("layers_per_block", 2), count)
+    depths = _per_block(unet.get("transformer_layers_per_block", 1), count)
+    contexts = _per_block(unet.get("cross_attention_dim", 1280), count)
+    crossed = {"CrossAttnDownBlock2D": True, "DownBlock2D": False, "CrossAttnUpBlock2D": True, "UpBlock2D": False}
+    last = channels[0]
+    skips, down, up = [last], [], []
+    for i, (kind, width) in enumerate(zip(unet["down_block_types"], channels)):
+        resnets = tuple((last if j == 0 else width, width) for j in range(layers[i]))
+        last = width
+        resample = i < count - 1
+        skips += [width] * (layers[i] + resample)
+        down.append(_Block(i, resnets, depths[i] * crossed[kind], contexts[i], resample))
+    mid = None
+    if (kind := unet.get("mid_block_type", "UNetMidBlock2DCrossAttn")) is not None:
+        mid = _Block(count - 1, ((last, last),) * 2, depths[-1] * {"UNetMidBlock2DCrossAttn": True}[kind], contexts[-1])
+    for kind, i in zip(unet["up_block_types"], reversed(range(count))):
+        resnets = []
+        for _ in range(layers[i] + 1):
+            resnets.append((last + skips.pop(), channels[i]))
+            last = channels[i]
+        up.append(_Block(i, tuple(resnets), depths[i] * crossed[kind], contexts[i], resample=i > 0))
+    return down, mid, up
+
+
+def _coder_blocks(widths: list[int], layers: int, levels: Iterator[int], last_level: int) -> list[_Block]:
+    blocks, last = [], widths[0]
+    for width, level in zip(widths, levels):
+        resnets = tuple((last if j == 0 else width, width) for j in range(layers))
+        blocks.append(_Block(level, resnets, resample=level != last_level))
+        last = width
+    return blocks
+
+
+def _decoder_blocks(vae: Config) -> list[_Block]:
+    widths = vae["block_out_channels"][::-1]
+    return _coder_blocks(widths, vae.get("layers_per_block", 1) + 1, reversed(range(len(widths))), last_level=0)
+
+
+def _encoder_blocks(vae: Config) -> list[_Block]:
+    widths = vae["block_out_channels"]
+    return _coder_blocks(widths, vae.get("layers_per_block", 1), iter(range(len(widths))), last_level=len(widths) - 1)
+
+
+# Parameter counts, one per layer (a convolution, a linear map, a norm, an embedding): what sequential offload moves at once.
+
+
+def _conv(inputs: int, outputs: int, kernel: int = 3) -> int:
+    return inputs * outputs * kernel**2 + outputs
+
+
+def _linear(inputs: int, outputs: int, bias: bool = True) -> int:
+    return inputs * outputs + outputs * bias
+
+
+def _norm(width: int) -> int:
+    return 2 * width
+
+
+def _resnet_layers(inputs: int, outputs: int, time_width: int = 0) -> Iterator[int]:
+    yield from (_norm(inputs), _conv(inputs, outputs), _norm(outputs), _conv(outputs, outputs))
+    if time_width:
+        yield _linear(time_width, outputs)
+    if inputs != outputs:
+        yield _conv(inputs, outputs, kernel=1)
+
+
+def _transformer_layers(width: int, depth: int, context: int) -> Iterator[int]:
+    yield from (_norm(width), _linear(width, width), _linear(width, width))  # proj_in and proj_out, linear or 1x1 convolution
+    for _ in range(depth):
+        for source in (width, context):  # self-attention, cross-attention
+            yield _norm(width)
+            yield from (
+                _linear(width, width, bias=False),
+                _linear(source, width, bias=False),
+                _linear(source, width, bias=False),
+            )
+            yield _linear(width, width)
+        yield from (_norm(width), _linear(width, 8 * width), _linear(4 * width, width))
+
+
+def _unet_layers(unet: Config) -> Iterator[int]:
+    down, mid, up = _unet_blocks(unet)
+    first = unet["block_out_channels"][0]
+    time_width = 4 * first
+    yield _conv(unet.get("in_channels", 4), first)
+    yield from (_linear(first, time_width), _linear(time_width, time_width))
+    if unet.get("time_cond_proj_dim"):  # guidance as an input: latent consistency models
+        yield _linear(unet["time_cond_proj_dim"], first, bias=False)
+    if unet.get("addition_embed_type") == "text_time":
+        yield from (_linear(unet["projection_class_embeddings_input_dim"], time_width), _linear(time_width, time_width))
+    for block in (*down, *([mid] if mid else []), *up):
+        for inputs, outputs in block.resnets:
+            yield from _resnet_layers(inputs, outputs, time_width)
+        attentions = 0 if not block.depth else 1 if block is mid else len(block.resnets)
+        for _ in range(attentions):
+            yield from _transformer_layers(block.channels, block.depth, block.context)
+        if block.resample:
+            yield _conv(block.channels, block.channels)
+    yield from (_norm(first), _conv(first, unet.get("out_channels", 4)))
+
+
+def _vae_layers(vae: Config) -> Iterator[int]:
+    first, deepest, latents = vae["block_out_channels"][0], vae["block_out_channels"][-1], vae["latent_channels"]
+    yield from (_conv(vae.get("in_channels", 3), first), _norm(deepest), _conv(deepest, 2 * latents))  # encoder's ends
+    yield from (_conv(latents, deepest), _norm(first), _conv(first, vae.get("out_channels", 3)))  # decoder's ends
+    for block in _encoder_blocks(vae) + _decoder_blocks(vae):
+        for inputs, outputs in block.resnets:
+            yield from _resnet_layers(inputs, outputs)
+        if block.resample:
+            yield _conv(block.channels, block.channels)
+    for _ in ("encoder's middle", "decoder's middle"):
+        yield from (*_resnet_layers(deepest, deepest), *_resnet_layers(deepest, deepest))
+        if vae.get("mid_block_add_attention", True):
+            yield from (_norm(deepest), *[_linear(deepest, deepest)] * 4)
+    if vae.get("use_quant_conv", True):
+        yield _conv(2 * latents, 2 * latents, kernel=1)
+    if vae.get("use_post_quant_conv", True):
+        yield _conv(latents, latents, kernel=1)
+
+
+def _text_layers(text: Config, projection: bool) -> Iterator[int]:
+    width, hidden = text["hidden_size"], text["intermediate_size"]
+    yield from (text["vocab_size"] * width, text["max_position_embeddings"] * width, _norm(width))
+    for _ in range(text["num_hidden_layers"]):
+        yield from (_norm(width), _norm(width), *[_linear(width, width)] * 4, _linear(width, hidden), _linear(hidden, width))
+    if projection:
+        yield _linear(width, text["projection_dim"], bias=False)
+
+
+def _is_used(index: Config, component: str) -> bool:
+    """Whether a model_index.json names a class for the component; ``[null, null]`` means that it is left out."""
+    return bool(index.get(component) and index[component][0])
+
+
+def _family(unet: Config) -> str:
+    if unet.get("addition_embed_type") == "text_time":
+        return "SDXL"
+    return "SD2" if unet.get("use_linear_projection") else "SD1"
+
+
+def _per_block(value: Any, count: int) -> list[int]:
+    values = value if isinstance(value, list) else [value] * count
+    if len(values) != count or not all(type(item) is int for item in values):
+        raise ValueError(f"{value!r} does not describe {count} blocks")
+    return values
+
+
+def _side(sample_size: Any) -> int:
+    return max(sample_size) if isinstance(sample_size, list) else int(sample_size)
+
+
+def _read_json(path: Path) -> Config:
+    try:
+        with path.open("rb") as file:
+            config = json.loads(file.read(MAX_CONFIG_BYTES))
+    except OSError as error:
+        raise not_found(f"{path}: cannot be read ({error.strerror}); is {path.parent} part of a diffusers model?") from None
+    except (ValueError, RecursionError) as error:
+        raise refused(f"{path}: not a readable JSON config ({error}); fetch the model again") from None
+    if not isinstance(config, dict):
+        raise refused(f"{path}: expected a JSON object, found {type(config).__name__}; fetch the model again")
+    return config

@@ -1,0 +1,129 @@
+"""Apply a memory plan and the user's switches to a loaded pipeline: placement, offload, VAE tiling, layout, attention."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from src.config import OptimizationConfig
+from src.errors import ExitCode, UserError, usage_error
+from src.memory_plan import VAE_TILE_PX
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from src.memory_plan import Placement
+    from src.request import PictureRequest
+
+GIB = 1 << 30
+
+
+def memory_budget(device: torch.device, options: OptimizationConfig) -> int | None:
+    """Bytes that a plan may use on the device: what is free now, or less if the user says so. None without a card."""
+    wanted = None if options.max_vram_gb is None else int(options.max_vram_gb * GIB)
+    if device.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        return min(free_bytes, wanted or free_bytes)
+    if device.type == "mps":
+        return wanted or torch.mps.recommended_max_memory()
+    return None
+
+
+def apply(pipeline: DiffusionPipeline, placement: Placement, options: OptimizationConfig, device: torch.device) -> None:
+    """Put the pipeline where the plan says. May be called again with another placement.
+
+    Raises UserError (usage) for a switch that this machine cannot do.
+    """
+    if placement.offload and device.type == "cpu":
+        raise usage_error("CPU offload moves weights off a card, and this run draws on the CPU; leave the offload switches out")
+    pipeline.remove_all_hooks()
+    _set_modes(pipeline, placement, options)
+    _make_vae_safe(pipeline)
+    if placement.offload == "model":
+        pipeline.to("cpu")
+        pipeline.enable_model_cpu_offload(device=device)
+    elif placement.offload == "sequential":
+        pipeline.to("cpu")  # nothing may lie on the card before: the hooks would keep that copy
+        pipeline.enable_sequential_cpu_offload(device=device)
+    else:
+        pipeline.to(device)
+    if options.enable_torch_compile:
+        pipeline.unet.compile_repeated_blocks()
+
+
+def use_float32_vae(
+    pipeline: DiffusionPipeline, placement: Placement, options: OptimizationConfig, device: torch.device
+) -> None:
+    """Give the VAE the larger precision, for good: what overflowed once will again."""
+    pipeline.remove_all_hooks()
+    pipeline.vae.to(torch.float32)
+    apply(pipeline, placement, options, device)
+
+
+@contextmanager
+def memory_errors(request: PictureRequest) -> Iterator[None]:
+    """Turn the many shapes of "out of memory" into one line with exit code 3."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        wanted = f"{request.width or 'native'}x{request.height or 'native'}, batch size {request.batch_size}"
+    else:
+        return
+    # Raised outside of the except block, so that no frame keeps the tensors that filled the memory.
+    raise UserError(
+        f"out of memory ({wanted}); use a smaller size or --batch-size 1, or plan for less with --max-vram or --sequential-cpu-offload",
+        ExitCode.OUT_OF_MEMORY,
+    )
+
+
+def reset_peak(device: torch.device) -> None:
+    """Start a new measurement of the device's peak memory."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The largest amount allocated since ``reset_peak``; None where it is not counted."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return any(text in str(error) for text in ("can't allocate memory", "not enough memory", "MPS backend out of memory"))
+
+
+def _set_modes(pipeline: DiffusionPipeline, placement: Placement, options: OptimizationConfig) -> None:
+    """VAE modes, memory layout and attention; torch's own attention kernels unless a switch asks for another."""
+    vae = pipeline.vae
+    (vae.enable_slicing if placement.vae_slicing else vae.disable_slicing)()
+    (vae.enable_tiling if placement.vae_tiling else vae.disable_tiling)()
+    vae.tile_sample_min_size = VAE_TILE_PX  # diffusers takes the training size: 1024 for SDXL, which would tile nothing
+    vae.tile_latent_min_size = VAE_TILE_PX // 2 ** (len(vae.config.block_out_channels) - 1)
+    if options.enable_channels_last:
+        pipeline.unet.to(memory_format=torch.channels_last)
+        vae.to(memory_format=torch.channels_last)
+    if options.enable_xformers:
+        if importlib.util.find_spec("xformers") is None:
+            raise usage_error(
+                "xformers is not installed; pip install xformers, or leave it out: torch's own attention is as fast on most cards"
+            )
+        pipeline.unet.enable_xformers_memory_efficient_attention()
+    if options.enable_attention_slicing:
+        pipeline.enable_attention_slicing()
+
+
+def _make_vae_safe(pipeline: DiffusionPipeline) -> None:
+    """SDXL's VAE overflows in fp16 and gives black pictures: run it in fp32, as the memory plan assumes.
+
+    The fp16-fix VAE (``--vae madebyollin/sdxl-vae-fp16-fix``) says ``force_upcast: false`` and stays in fp16.
+    """
+    is_sdxl = hasattr(pipeline, "text_encoder_2")
+    if is_sdxl and pipeline.vae.dtype == torch.float16 and pipeline.vae.config.force_upcast:
+        pipeline.vae.to(torch.float32)

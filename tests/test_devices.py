@@ -1,0 +1,129 @@
+"""What the machine is asked, against a driver and files that say what is known."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+
+import pytest
+
+from src.config import PROJECT_FOLDER
+from src.devices import Card, available_memory_bytes, cpu_has_bf16, detect_card, total_memory_bytes
+
+NOT_FOUND = 6  # NVML_ERROR_NOT_FOUND
+
+
+class Driver:
+    """NVML's five calls as the C library makes them: results through pointers, errors as return codes."""
+
+    def __init__(self, cards: list[tuple[str, int, int]], broken: str = "") -> None:
+        self.cards = cards
+        self.broken = broken
+        self.opened = 0
+
+    def _status(self, call: str) -> int:
+        return NOT_FOUND if call == self.broken else 0
+
+    def nvmlInit_v2(self) -> int:
+        self.opened += 1 if self.broken != "init" else 0
+        return self._status("init")
+
+    def nvmlShutdown(self) -> int:
+        self.opened -= 1
+        return 0
+
+    def nvmlDeviceGetHandleByIndex_v2(self, index, handle) -> int:
+        if index.value >= len(self.cards):
+            return NOT_FOUND
+        handle._obj.value = index.value + 1
+        return self._status("handle")
+
+    def nvmlDeviceGetName(self, handle, name, size) -> int:
+        assert size.value == len(name)
+        name.value = self.cards[handle.value - 1][0].encode()
+        return self._status("name")
+
+    def nvmlDeviceGetMemoryInfo(self, handle, memory) -> int:
+        assert ctypes.sizeof(memory._obj) == 24
+        memory._obj.total, memory._obj.free = self.cards[handle.value - 1][1:]
+        return self._status("memory")
+
+
+def two_cards(broken: str = "") -> Driver:
+    return Driver([("NVIDIA GeForce GTX 1650", 4 << 30, 3 << 30), ("NVIDIA A100", 80 << 30, 79 << 30)], broken)
+
+
+@pytest.mark.parametrize(
+    ("ordinal", "visible", "index"),
+    [(0, None, 0), (1, None, 1), (0, "1", 1), (0, "1,0", 1), (1, "1,0", 0), (0, " 1 ", 1)],
+)
+def test_the_card_is_the_one_that_torch_would_take(monkeypatch, ordinal, visible, index):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    driver = two_cards()
+    assert detect_card(ordinal, driver, visible) == Card(*driver.cards[index], index)
+    assert driver.opened == 0
+
+
+@pytest.mark.parametrize(
+    ("ordinal", "visible"),
+    [(0, ""), (0, "-1"), (0, "-1,0"), (1, "0"), (2, None), (0, "7"), (0, "GPU-8932f937-d72c"), (1, "0,x,1")],
+)
+def test_a_card_that_torch_would_not_see_is_none(monkeypatch, ordinal, visible):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    driver = two_cards()
+    assert detect_card(ordinal, driver, visible) is None
+    assert driver.opened == 0
+
+
+def test_the_environment_chooses_the_card(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert detect_card(nvml=two_cards()).name == "NVIDIA A100"
+
+
+@pytest.mark.parametrize("broken", ["init", "handle", "name", "memory"])
+def test_a_failing_driver_means_no_card_and_is_closed(broken):
+    driver = two_cards(broken)
+    assert detect_card(nvml=driver, visible="0") is None
+    assert driver.opened == 0
+
+
+def test_no_library_means_no_card(monkeypatch):
+    monkeypatch.setattr("src.devices.NVML_LIBRARY", "libthere-is-no-such-driver.so.1")
+    assert detect_card(visible="0") is None
+
+
+def test_memory_is_read_in_bytes():
+    text = "MemTotal:       16384000 kB\nMemFree:          100000 kB\nMemAvailable:    8192000 kB\nHugePages_Total:       0\n"
+    assert total_memory_bytes(text) == 16_384_000 * 1024
+    assert available_memory_bytes(text) == 8_192_000 * 1024
+
+
+def test_without_meminfo_the_total_comes_from_the_system():
+    assert available_memory_bytes("") is None
+    assert total_memory_bytes("") == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/meminfo"), reason="Linux only")
+def test_this_machine_answers_plausibly():
+    assert 0 < available_memory_bytes() <= total_memory_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("fpu sse2 avx512f amx_bf16 amx_tile amx_int8", True),
+        ("fpu avx512f avx512_bf16", True),
+        ("fpu sse2 avx2 avx512f", False),
+        ("fpu avx512_bf16x no_amx_bf16", False),
+        ("", False),
+    ],
+)
+def test_bf16_is_read_from_the_cpu_flags(flags, expected):
+    assert cpu_has_bf16(f"processor\t: 0\nmodel name\t: amx_bf16 in a name\nflags\t\t: {flags}\nbugs\t\t: none\n") is expected
+
+
+def test_asking_imports_nothing_heavy():
+    program = "import sys, src.devices as d; d.detect_card(); assert not {'torch', 'numpy', 'subprocess'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], cwd=PROJECT_FOLDER, check=True)

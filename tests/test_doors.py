@@ -1,0 +1,79 @@
+"""Instant doors: what can be answered without torch is answered with torch, diffusers and their like made unimportable."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BLOCKED = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "safetensors", "huggingface_hub")
+
+
+@pytest.fixture
+def run_door(tmp_path: Path):
+    """Run main.py in a process in which the heavy packages cannot be imported; no stopwatch, so no flake."""
+    lines = ["import sys", *[f"sys.modules[{name!r}] = None" for name in BLOCKED]]
+    (tmp_path / "sitecustomize.py").write_text("\n".join(lines))
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "main.py"), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--help"], "exit codes"),
+        (["-h"], "--negative-prompt"),
+        (["--version"], "0.1"),
+        (["--list-schedulers"], "DPM++ 2M"),
+        (["test", "--estimate-vram", "--width", "768", "--height", "768"], "peak"),
+        (["test", "--estimate-vram", "--model", "sdxl", "--max-vram", "6"], "offload"),
+        (["test", "--estimate-vram", "--model", "embedded"], "128x128"),
+    ],
+)
+def test_answers_without_torch(run_door, arguments: list[str], expected: str) -> None:
+    result = run_door(*arguments)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert expected in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        ([], 2, "prompt is empty"),
+        (["a cat", "--widht", "512"], 2, "did you mean --width?"),
+        (["a", "cat"], 2, "quotes"),
+        (["a cat", "--width", "500"], 2, "nearest: 496 or 504"),
+        (["a cat", "--width", "-64"], 2, "outside 64 to 8192"),
+        (["a cat", "--height", "0"], 2, "outside 64 to 8192"),
+        (["a cat", "--steps", "0"], 2, "steps 0"),
+        (["a cat", "--cfg", "nan"], 2, "guidance"),
+        (["a cat", "--seed", "5000000000"], 2, "seed"),
+        (["a cat", "--scheduler", "eulr"], 2, "did you mean 'euler'?"),
+        (["a cat", "--preset", "lmc"], 2, "lcm"),
+        (["a cat", "--set", "generation.stps=3"], 2, "did you mean"),
+        (["a cat", "--config", "sdlx"], 4, "did you mean 'sdxl'?"),
+        (["a cat", "--lora", "nowhere/x.safetensors"], 4, "nowhere"),
+        (["a cat <lora:ghost:1>"], 4, "ghost"),
+        (["a cat", "--init-image", "nowhere.png"], 4, "nowhere.png"),
+        (["a cat", "--mask", "m.png"], 2, "--init-image"),
+        (["a cat", "--model", "./typo"], 4, "typo"),
+        (["a cat", "--model", "model.ckpt"], 6, "pickle"),
+        (["a cat", "--model", "someone/not-cached", "--offline"], 4, "--offline"),
+        (["--prompts", "nowhere.txt"], 4, "nowhere.txt"),
+        (["--from-image", "nowhere.png"], 4, "nowhere.png"),
+        (["a cat", "--model", "embedded", "--output", "sitecustomize.py"], 2, "sitecustomize.py"),
+    ],
+)
+def test_mistakes_cost_no_import(run_door, arguments: list[str], code: int, expected: str) -> None:
+    result = run_door(*arguments)
+    assert result.returncode == code, result.stderr
+    assert expected in result.stderr
+    assert result.stdout == ""
+    assert len(result.stderr.strip().splitlines()) == 1, "an error is one line"

@@ -1,0 +1,108 @@
+"""Samplers: every name resolves, every sampler draws, and the model's noise schedule is kept."""
+
+import inspect
+import math
+
+import pytest
+import torch
+
+from src.config import GenerationConfig
+from src.errors import UserError
+from src.schedulers import PRESETS, SAMPLERS, SamplerChoice, apply_preset, build_scheduler, find_sampler, list_schedulers
+from tests.tiny import pipelines
+
+ALL = [SamplerChoice(sampler, schedule) for sampler in SAMPLERS for schedule in ("", *sampler.schedules)]
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("DPM++ 2M Karras", "dpm++_2m_karras"), ("dpm++_2m_karras", "dpm++_2m_karras"), ("dpmpp_2m_karras", "dpm++_2m_karras"),
+        ("dpmpp-2m", "dpm++_2m"), ("DPM++ 2M SDE Karras", "dpm++_2m_sde_karras"), ("DPM++ SDE", "dpm++_sde"), ("Euler a", "euler_a"),
+        ("euler_a", "euler_a"), ("k_euler_a", "euler_a"), ("EulerAncestralDiscreteScheduler", "euler_a"), ("euler_ancestral", "euler_a"),
+        ("Euler", "euler"), ("Heun", "heun"), ("LMS Karras", "lms_karras"), ("DPM2 a Karras", "dpm2_a_karras"), ("DDIM", "ddim"),
+        ("DDPM", "ddpm"), ("PLMS", "pndm"), ("pndm", "pndm"), ("UniPC", "unipc"), ("LCM", "lcm"), ("DPM++ 2M SGM Uniform", "dpm++_2m_sgm_uniform"),
+        ("DPM++ 2M Simple", "dpm++_2m"), ("DDIM Uniform", "ddim"), ("Euler Beta", "euler_beta"),
+    ],
+)  # fmt: skip
+def test_known_spellings(name: str, key: str) -> None:
+    assert find_sampler(name).key == key
+
+
+@pytest.mark.parametrize("choice", ALL, ids=lambda choice: choice.key)
+def test_every_listed_name_finds_itself(choice: SamplerChoice) -> None:
+    assert find_sampler(choice.key) == find_sampler(choice.label) == choice
+
+
+@pytest.mark.parametrize("name", ["eulr", "", "ddim_karras", "lcm karras", "Restart", "DPM++ 2M Karras Karras"])
+def test_unknown_names_and_impossible_schedules_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match="scheduler"):
+        find_sampler(name)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    tiny = pipelines.sd1()
+    tiny.set_progress_bar_config(disable=True)
+    return tiny
+
+
+@pytest.mark.parametrize("choice", ALL, ids=lambda choice: choice.key)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_every_sampler_draws_finite_latents(pipeline, choice: SamplerChoice, steps: int) -> None:
+    embeds = torch.randn(1, 77, 32, generator=torch.Generator().manual_seed(0))
+    pipeline.scheduler = build_scheduler(choice, pipelines.scheduler().config)
+    latents = pipeline(
+        prompt_embeds=embeds, negative_prompt_embeds=torch.zeros_like(embeds), num_inference_steps=steps, width=64, height=64,
+        output_type="latent", generator=[torch.Generator().manual_seed(1)],
+    ).images  # fmt: skip
+    assert torch.isfinite(latents).all()
+
+
+@pytest.mark.parametrize("choice", ALL, ids=lambda choice: choice.key)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_models_noise_schedule_is_kept(choice: SamplerChoice, prediction_type: str) -> None:
+    """The reference is the closed form of scaled_linear betas, not the scheduler it was built from."""
+    built = build_scheduler(choice, pipelines.scheduler(prediction_type).config)
+    start, end = math.sqrt(0.00085), math.sqrt(0.012)
+    betas = (torch.linspace(0, 1, 1000, dtype=torch.float64) * (end - start) + start) ** 2
+    expected = torch.cumprod(1 - betas, 0)
+    torch.testing.assert_close(built.alphas_cumprod.double(), expected, rtol=1e-4, atol=1e-7)
+    assert built.config.prediction_type == prediction_type
+    if "steps_offset" in inspect.signature(type(built).__init__).parameters:
+        assert built.config.steps_offset == 1
+
+
+def test_karras_sigmas_are_karras() -> None:
+    """Karras et al. 2022, equation 5 with rho = 7, between the schedule's own extremes."""
+    scheduler = build_scheduler(find_sampler("DPM++ 2M Karras"), pipelines.scheduler().config)
+    scheduler.set_timesteps(10)
+    low, high, rho = scheduler.sigmas[-2].item(), scheduler.sigmas[0].item(), 7
+    ramp = torch.linspace(0, 1, 10)
+    expected = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+    torch.testing.assert_close(scheduler.sigmas[:-1], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_set_steps_guidance_and_sampler_together(name: str) -> None:
+    generation = GenerationConfig()
+    apply_preset(generation, name)
+    preset = PRESETS[name]
+    assert (generation.num_inference_steps, generation.guidance_scale) == (preset.num_inference_steps, preset.guidance_scale)
+    assert generation.num_inference_steps <= 8
+    assert generation.guidance_scale <= 2
+    build_scheduler(find_sampler(generation.scheduler), pipelines.scheduler().config).set_timesteps(
+        generation.num_inference_steps
+    )
+
+
+def test_trailing_spacing_ends_at_the_last_timestep() -> None:
+    """Few-step models are distilled at the noisiest timestep: with "leading" spacing it would never be visited."""
+    scheduler = build_scheduler(find_sampler("euler_sgm_uniform"), pipelines.scheduler().config)
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
+
+
+def test_the_list_names_every_sampler() -> None:
+    text = list_schedulers()
+    assert all(sampler.key in text and sampler.label in text for sampler in SAMPLERS)
