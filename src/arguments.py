@@ -236,7 +236,7 @@ def build_config(typed: dict[str, Any], recipe_settings: dict[str, Any] | None =
     if model is not None and not is_preset:
         config.model.model_id = model
     for name, value in (recipe_settings or {}).items():
-        set_value(config, name, value)
+        set_value(config, f"generation.{name}", value)
     apply_typed(config, typed)
     return config
 

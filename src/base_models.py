@@ -165,7 +165,7 @@ def _load_component(folder: Path, component: str, class_name: str, dtype: torch.
         read_header(file)  # so that a file which was cut off is named as such, before a library guesses why
     options = {"dtype": dtype, "variant": variant, "use_safetensors": True, "local_files_only": True}
     model, info = _checked(folder, lambda: kind.from_pretrained(folder, **options, output_loading_info=True), again)
-    missing = []
+    missing = sorted(info["missing_keys"])
     if missing:
         raise refused(f"{folder}: {len(missing)} tensors are missing, such as {missing[0]}; {again}")
     return model
@@ -215,7 +215,10 @@ def _convert(
         with init_empty_weights():
             if component in CLASSES:
                 kind = CLASSES[component]
-                model = kind.from_config(kind.load_config(architecture / component, local_files_only=True))
+                facts = kind.load_config(architecture / component, local_files_only=True)
+                if component == "unet":  # an inpainting U-Net differs from its family's in this alone
+                    facts["in_channels"] = tensors["model.diffusion_model.input_blocks.0.0.weight"].shape[1]
+                model = kind.from_config(facts)
             else:
                 kind = getattr(transformers, class_name)
                 model = kind(kind.config_class.from_pretrained(architecture / component, local_files_only=True))

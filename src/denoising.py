@@ -83,7 +83,9 @@ def denoise(
     else:
         arguments |= _start_arguments(pipeline, request, sources, start)
     with torch.no_grad():
-        latents = _as_mode(pipeline, request.mode)(**arguments).images
+        sampler = _as_mode(pipeline, request.mode)
+        sampler.set_progress_bar_config(disable=True)  # ours spans all pictures
+        latents = sampler(**arguments).images
     if not torch.isfinite(latents).all():
         raise NotFinite("the U-Net's output")
     return latents
@@ -129,7 +131,7 @@ def _channel_statistics(vae: AutoencoderKL, like: torch.Tensor) -> tuple[torch.T
 
 def to_picture(pixels: torch.Tensor) -> Image.Image:
     """Pixels (1, 3, H, W) in [0, 1] -> an RGB picture, rounded to 8 bits."""
-    array = (pixels[0].permute(1, 2, 0).numpy() * 255).round().astype("uint8")
+    array = (pixels[0].permute(1, 2, 0).detach().numpy() * 255).round().astype("uint8")
     return Image.fromarray(array)
 
 
@@ -163,7 +165,8 @@ def preview_matrix(vae: AutoencoderKL, device: torch.device) -> torch.Tensor:
 def preview(latents: torch.Tensor, matrix: torch.Tensor) -> list[Image.Image]:
     """Latents (B, 4, h, w) -> small pictures of the denoising so far, w x h pixels each."""
     scaled = latents.float().cpu()
-    scaled = scaled / scaled.std(dim=(1, 2, 3), keepdim=True).clamp(min=1)  # early latents are mostly noise of a large sigma
+    # A picture's latents deviate by about 1; early ones are mostly noise, in some samplers of a large sigma.
+    scaled = scaled / (scaled.std(dim=(1, 2, 3), keepdim=True) / 2).clamp(min=1)
     ones = torch.ones_like(scaled[:, :1])
     rgb = torch.einsum("bchw,ck->bkhw", torch.cat([scaled, ones], dim=1), matrix)  # (B, 3, h, w), in [-1, 1]
     return [to_picture((item[None] / 2 + 0.5).clamp(0, 1)) for item in rgb]
@@ -176,32 +179,26 @@ def _as_mode(pipeline: DiffusionPipeline, mode: str) -> DiffusionPipeline:
     if type(pipeline) is kind:
         return pipeline
     extra = {} if is_sdxl else {"requires_safety_checker": False}
-    other = kind(**pipeline.components, **extra)
-    other.set_progress_bar_config(disable=True)
-    return other
+    return kind(**pipeline.components, **extra)
 
 
 def _start_arguments(
     pipeline: DiffusionPipeline, request: PictureRequest, sources: Sequence[torch.Generator], start: Start
 ) -> dict[str, object]:
     """The arguments of image to image and inpainting. Latents are handed over in place of pixels: see the module's head."""
-    device, unet_dtype = pipeline._execution_device, pipeline.unet.dtype
-
-    def encode_all(pixels: torch.Tensor) -> torch.Tensor:
-        latents = torch.cat([encode(pipeline.vae, pixels, device, source) for source in sources]).to(unet_dtype)
-        if not torch.isfinite(latents).all():
-            raise NotFinite("the VAE's encoding")
-        return latents
-
-    pixels = to_pixels(start.image)
-    image = encode_all(pixels)
-    arguments: dict[str, object] = {"image": image, "strength": request.strength}
+    arguments: dict[str, object] = {"strength": request.strength}
     if start.mask is not None:
-        arguments |= {"mask_image": start.mask, "width": request.width, "height": request.height, "masked_image_latents": image}
-        if pipeline.unet.config.in_channels == 9:  # an inpainting U-Net is shown the picture with a grey hole
-            kept = torch.from_numpy(numpy.array(start.mask)) < 128
-            arguments["masked_image_latents"] = encode_all(pixels * kept)
-    return arguments
+        arguments |= {"mask_image": start.mask, "width": request.width, "height": request.height}
+    if pipeline.unet.config.in_channels == 9:  # it is shown the picture with a hole, which diffusers makes of the pixels
+        return arguments | {"image": start.image}
+    pixels = to_pixels(start.image)
+    latents = torch.cat([encode(pipeline.vae, pixels, pipeline._execution_device, source) for source in sources])
+    latents = latents.to(pipeline.unet.dtype)
+    if not torch.isfinite(latents).all():
+        raise NotFinite("the VAE's encoding")
+    if start.mask is not None:
+        arguments["masked_image_latents"] = latents  # not looked at by a U-Net of 4 channels, but encoded when absent
+    return arguments | {"image": latents}
 
 
 def _report_to(on_step: StepCallback | None) -> Callable[..., dict[str, object]] | None:

@@ -37,18 +37,18 @@ def estimate(config: AppConfig, request: PictureRequest) -> str:
 
 
 def _find_shapes(config: AppConfig) -> tuple[str, model_shapes.ModelShapes]:
-    """The model's name and shapes: from its configs on disk, or the bundled ones for a known model that is not there."""
+    """The model's name and shapes: bundled for the known models, else from its configs on disk."""
     model = config.model
+    shapes = model_shapes.bundled_shapes(model.model_id)
+    if shapes is not None:
+        return model.model_id, shapes
     source = model_source.resolve(model.model_id, Path(config.paths.cache), offline=False, revision=model.revision)
     if source.kind == "file":
         folder = model_files.architecture_folder(read_header(source.path), source.path, model.architecture)
         return source.name, model_shapes.read_shapes(folder)
-    if source.path is not None:
-        return source.name, model_shapes.read_shapes(source.path)
-    shapes = model_shapes.bundled_shapes(model.model_id)
-    if shapes is None:
+    if source.path is None:
         raise not_found(f"{model.model_id}: not on disk, and its shapes are not bundled; draw with it once, or give a folder")
-    return source.name, shapes
+    return source.name, model_shapes.read_shapes(source.path)
 
 
 def _find_place(config: AppConfig) -> tuple[str, int | None, str]:

@@ -21,6 +21,7 @@ from PIL import Image
 from src import base_models, conditioning, denoising, files, images, memory_plan, optimizations, prompts
 from src.config import AppConfig
 from src.drawn_recipe import describe_picture
+from src.errors import usage_error
 from src.lora import Adapter, AdapterStack, LoraReport, read_adapter
 from src.request import MAX_SEED, LoraChoice, PictureRequest
 from src.schedulers import build_scheduler, find_sampler
@@ -232,6 +233,8 @@ class TextToImageGenerator:
 
     def _draw(self, request: PictureRequest, on_step: Callable[[Step], None] | None) -> Iterator[Image.Image]:
         model = self.model
+        if model.pipeline.unet.config.in_channels == 9 and request.mode != "inpaint":
+            raise usage_error(f"{model.name} is an inpainting model; give it a picture with --init-image and a --mask")
         start = self._read_start(request)
         request = replace(request, width=request.width or model.native_size_px, height=request.height or model.native_size_px)
         self._place(request)

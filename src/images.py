@@ -13,7 +13,7 @@ import struct
 import unicodedata
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -117,21 +117,21 @@ def save_picture(image: Image.Image, folder: Path, stem: str, start: int = 0) ->
     return publish_numbered(folder, lambda number: f"{stem}_{number:03d}.png", encode_png(image, text), start)
 
 
-def read_text_chunks(path: Path) -> dict[str, str]:
-    """Return the texts that came with a picture, without decoding its pixels; {} where there are none.
+def read_text_chunks(path: Path, wanted: Collection[str] | None = None) -> dict[str, str]:
+    """Return the texts that came with a picture, or the ``wanted`` ones, without decoding its pixels; {} for none.
 
     PNG: tEXt, zTXt and iTXt by keyword, the last of equal ones, before or after the pixels. JPEG and WebP: the EXIF
     UserComment as ``"parameters"``, which is where A1111 writes them. Control characters but newline and tab are removed,
     so a text can be printed. Raises UserError: not found; refused for a damaged file or more text than 64 KiB in a chunk
-    or 1 MiB in all.
+    or 1 MiB in all; what is not wanted may be of any size.
     """
     with _open_picture(path) as image:
         if image.format != "PNG":
             pairs = _read_user_comment(image)
         else:
             with open(path, "rb") as file:
-                pairs = dict(_walk_png_texts(file))
-    return {_printable(key): _printable(value) for key, value in pairs.items()}
+                pairs = dict(_walk_png_texts(file, wanted))
+    return {_printable(key): _printable(value) for key, value in pairs.items() if wanted is None or key in wanted}
 
 
 def contact_sheet(
@@ -246,7 +246,7 @@ def _printable(text: str) -> str:
     return _NOT_PRINTABLE.sub("", text)
 
 
-def _walk_png_texts(file: BinaryIO) -> Iterator[tuple[str, str]]:
+def _walk_png_texts(file: BinaryIO, wanted: Collection[str] | None) -> Iterator[tuple[str, str]]:
     """Yield (keyword, text) of each text chunk, passing over the pixels (PNG specification, sections 5.3 and 11.3.3)."""
     file.seek(8)  # the signature
     total_bytes = 0
@@ -257,9 +257,13 @@ def _walk_png_texts(file: BinaryIO) -> Iterator[tuple[str, str]]:
         if kind not in (b"tEXt", b"zTXt", b"iTXt"):
             file.seek(length + 4, io.SEEK_CUR)
             continue
+        start = _read_exactly(file, min(length, _MAX_KEYWORD_BYTES))
+        if wanted is not None and start.partition(b"\0")[0].decode("latin-1") not in wanted:
+            file.seek(length - len(start) + 4, io.SEEK_CUR)
+            continue
         if length > MAX_TEXT_BYTES + _MAX_KEYWORD_BYTES:
             raise ValueError(f"a text of more than {MAX_TEXT_BYTES >> 10} KiB")
-        body = _read_exactly(file, length)
+        body = start + _read_exactly(file, length - len(start))
         if zlib.crc32(kind + body) != struct.unpack(">I", _read_exactly(file, 4))[0]:
             raise ValueError("a text chunk has a wrong checksum")
         keyword, text = _parse_png_text(kind, body)

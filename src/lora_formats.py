@@ -88,8 +88,8 @@ _FAMILY_BY_CONTEXT_WIDTH = {768: "SD1", 1024: "SD2", 2048: "SDXL"}  # text featu
 _FAMILY_BY_NAME = (
     ("Flux", re.compile(r"double_blocks[._]|single_blocks[._]|single_transformer_blocks[._]")),
     ("SD3", re.compile(r"joint_blocks[._]")),
-    ("SDXL", re.compile(r"attentions[._]\d+[._]transformer_blocks[._][1-9]|blocks?_\d+_\d+_transformer_blocks_[1-9]")),
 )
+_DEEP_TRANSFORMER = re.compile(r"transformer_blocks[._][1-9]")  # in a UNet: SDXL has up to ten a layer, SD1 and SD2 one
 _SD3_WIDTHS = {1536, 2432}  # medium, large
 _MAX_KERNEL = 15  # a hostile mid could otherwise unfold to any size
 _FAMILY_BY_METADATA = (
@@ -227,9 +227,12 @@ def guess_family(layers: Mapping[Where, LoraLayer], metadata: Mapping[str, str])
     for (component, module), layer in layers.items():
         if component == "unet" and _CROSS_ATTENTION_KEY.search(module) and layer.down.shape[1] in _FAMILY_BY_CONTEXT_WIDTH:
             return _FAMILY_BY_CONTEXT_WIDTH[layer.down.shape[1]]
+        if component == "unet" and _DEEP_TRANSFORMER.search(module):
+            return "SDXL"
         if component == "transformer" and module.endswith("attn.to_q") and layer.down.shape[1] in _SD3_WIDTHS:
             return "SD3"
-    if any(component == "text_encoder_2" for component, _ in layers):
+    parts = {component for component, _ in layers}
+    if "text_encoder_2" in parts and "transformer" not in parts:  # SD3 has a second text encoder, but no UNet
         return "SDXL"
     for key in ("ss_base_model_version", "modelspec.architecture"):
         for family, pattern in _FAMILY_BY_METADATA:

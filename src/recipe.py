@@ -34,6 +34,7 @@ SCHEMA = "text-to-image.recipe/v1"
 PARAMETERS_KEY = "parameters"
 RECIPE_KEY = "recipe"
 INVOKEAI_KEY = "invokeai_metadata"
+KEYS = (RECIPE_KEY, PARAMETERS_KEY, INVOKEAI_KEY)  # of the chunks that are read
 MAX_CHUNK_BYTES = 64 << 10
 
 _MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
@@ -76,7 +77,6 @@ class Recipe:
     num_inference_steps: int
     guidance_scale: float
     scheduler: str
-    preset: str | None = None
     clip_skip: int
     prompt_weights: bool
     strength: float | None = None
@@ -210,8 +210,6 @@ def _read_own(text: str) -> ParsedRecipe | None:
     draft.take_prompt(document.get("prompt"))
     draft.take_mode(document.get("mode"))
     draft.take(**{name: document.get(name) for name in SETTINGS})
-    if "preset" in document and document["preset"] is None:
-        draft.settings["preset"] = None  # drawn without one, whatever the reader's own configuration says
     model, vae = (_object(document.get(key)) for key in ("model", "vae"))
     draft.take_models(model.get("name"), model.get("sha256"), vae.get("name"))
     loras = document.get("loras")

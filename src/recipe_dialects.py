@@ -116,7 +116,6 @@ SETTINGS: Mapping[str, Callable[[Any], Any]] = {
     "seed": _whole(0, 2**32 - 1),
     "clip_skip": _whole(1, 32),
     "strength": _number(0, 1),
-    "preset": _name,
     "prompt_weights": _flag,
 }
 _LORA_WEIGHT = _number(-100, 100)

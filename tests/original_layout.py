@@ -35,9 +35,7 @@ _OPEN_CLIP = {
 }  # fmt: skip
 
 
-def write(
-    path: Path, pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline
-) -> Path:
+def write(path: Path, pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline) -> Path:
     """Write the pipeline's networks as one .safetensors file and return its path."""
     save_file(tensors_of(pipeline), path)
     return path

@@ -11,7 +11,7 @@ import zlib
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from src import images
 from src.errors import ExitCode, UserError
@@ -313,3 +313,15 @@ def test_no_text_is_an_empty_answer(tmp_path, kind):
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert images.read_text_chunks(path) == {}
     assert hashlib.sha256(path.read_bytes()).hexdigest() == digest
+
+
+def test_a_huge_foreign_chunk_does_not_hide_the_wanted_one(tmp_path: Path) -> None:
+    """InvokeAI and ComfyUI store whole workflows beside the few settings that are wanted."""
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text("workflow", "x" * (1 << 20))
+    chunks.add_itxt("graph", "y" * (1 << 20), zip=True)
+    chunks.add_text("parameters", "a cat")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=chunks)
+    assert images.read_text_chunks(tmp_path / "a.png", ["parameters"]) == {"parameters": "a cat"}
+    with pytest.raises(UserError, match="64 KiB"):
+        images.read_text_chunks(tmp_path / "a.png")

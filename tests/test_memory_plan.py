@@ -145,7 +145,7 @@ def test_contradictory_switches_are_refused():
 def test_without_a_card_the_cpu_is_used_and_always_fits():
     plan = choose(bundled_shapes("sd15"), SD15, None, OptimizationConfig(enable_vae_tiling=True))
     assert (plan.placement, plan.fits, plan.rejected, plan.smaller) == (replace(CPU, vae_tiling=True), True, (), ())
-    assert describe(plan).startswith(f"plan: CPU, predicted peak {plan.estimate.peak_bytes / GIB:.2f} GiB (weights ")
+    assert describe(plan).startswith(f"CPU, predicted peak {plan.estimate.peak_bytes / GIB:.2f} GiB (weights ")
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_the_line_says_plan_peak_budget_and_parts():
     plan = choose(bundled_shapes("sdxl"), SDXL, 6 * GIB, OptimizationConfig())
     total, unet = plan.estimate.peak_bytes / GIB, 2 * 2_567_463_684 / GIB
     assert describe(plan).startswith(
-        f"plan: model offload + VAE tiling, predicted peak {total:.2f} GiB of 6.00 GiB (weights {unet:.2f}, "
+        f"model offload + VAE tiling, predicted peak {total:.2f} GiB of 6.00 GiB (weights {unet:.2f}, "
     )
     assert "does not fit" in describe(choose(bundled_shapes("sdxl"), SDXL, GIB, OptimizationConfig()))
 

@@ -376,7 +376,6 @@ def test_family_of_a_file_is_in_its_text_encoders(tmp_path, names, family):
 @pytest.mark.parametrize(
     ("shapes", "said"),
     [
-        ({CONV_IN: (8, 9, 3, 3), CLIP_L: (8,)}, "inpainting"),
         ({CONV_IN: (8, 8, 3, 3), CLIP_L: (8,)}, "8 channels"),
         ({**U_NET, "conditioner.embedders.0.model.ln_final.weight": (8,)}, "refiner"),
         (U_NET, "no text encoder"),
@@ -395,8 +394,10 @@ def test_files_that_are_no_model_are_named(tmp_path, shapes, said):
     assert said in refusal(ExitCode.REFUSED, family_of, safetensors(tmp_path / "x.safetensors", shapes))
 
 
-def test_inpainting_folders_are_refused(tmp_path):
-    assert "inpainting" in refusal(ExitCode.REFUSED, family_of, model(tmp_path, unet={"in_channels": 9}))
+def test_inpainting_models_keep_their_family(tmp_path):
+    assert family_of(model(tmp_path, unet={"in_channels": 9})) == "SD1"
+    file = safetensors(tmp_path / "x.safetensors", {CONV_IN: (8, 9, 3, 3), CLIP_L: (8,)})
+    assert family_of(file) == "SD1"
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ INVOKEAI = json.dumps({"positive_prompt": "a fox", "seed": 7, "width": 512, "sch
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
     """What a reader must get back: the recipe's own values, without the strength that txt2img does not have."""
-    names = "width height num_inference_steps guidance_scale negative_prompt scheduler seed clip_skip preset prompt_weights"
+    names = "width height num_inference_steps guidance_scale negative_prompt scheduler seed clip_skip prompt_weights"
     strength = {} if recipe.strength is None else {"strength": recipe.strength}
     return {name: getattr(recipe, name) for name in names.split()} | strength
 
@@ -83,7 +83,6 @@ def any_recipe(rng: random.Random) -> Recipe:
         num_inference_steps=rng.randint(1, 1000),
         guidance_scale=rng.choice([1.0, 7.0, rng.random() * 100]),
         scheduler=rng.choice(["dpm++_2m_karras", "euler_a", "lcm"]),
-        preset=rng.choice([None, "lcm"]),
         clip_skip=rng.randint(1, 12),
         prompt_weights=rng.random() < 0.5,
         strength=rng.choice([None, rng.random()]),
@@ -167,7 +166,7 @@ def test_our_own_text_alone_gives_the_settings_too() -> None:
     text = to_text_chunks(RECIPE, "DPM++ 2M", "Karras")["parameters"]
     parsed = from_text_chunks({"parameters": text})
     expected = settings_of(RECIPE) | {"scheduler": "DPM++ 2M Karras"}
-    assert parsed.settings == {name: value for name, value in expected.items() if name != "preset"}
+    assert parsed.settings == expected
     assert (parsed.prompt, parsed.model_sha256, parsed.notes) == (RECIPE.prompt, SHA[:10], ())
     assert parsed.loras == (LoraRef("ink", 0.8, tensors_sha256="b" * 12),)
 
@@ -191,7 +190,7 @@ def test_no_private_path_gets_into_a_picture(path: str) -> None:
     ref, lora = ModelRef(path, path), LoraRef(path, 1.0)
     recipe = replace(
         RECIPE,
-        **dict.fromkeys(("scheduler", "precision", "device", "preset"), path),
+        **dict.fromkeys(("scheduler", "precision", "device"), path),
         **{"model": ref, "vae": ref, "loras": (lora,), "init_image": PictureRef(path, SHA), "mask": PictureRef(path, SHA)},
         stack={"torch": path},
         config={"model": {"model_id": path, "list": [path]}, "paths": {"outputs": "alice"}},
@@ -267,7 +266,6 @@ def test_damaged_json_is_refused(text: str) -> None:
         *[("strength", value) for value in (1.5, -0.1, [])],
         *[("scheduler", value) for value in ("../../etc/passwd", "/etc/passwd", "http://evil.example/x")],
         *[("scheduler", value) for value in ("a\x1b[2J", "", "x" * 1000)],
-        *[("preset", value) for value in ("/etc/passwd", r"C:\x", "..", 3)],
         ("prompt_weights", 1),
         ("negative_prompt", {"a": 1}),
     ],

@@ -7,17 +7,23 @@ in front, as almost every file on the net has it.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tests.tiny import pipelines
+
+FAMILIES = {"SD1": pipelines.sd1, "SD2": lambda: pipelines.sd1(cross_attention_dim=48, linear=True), "SDXL": pipelines.sdxl}
 ATTENTION = r"(to_[qkv]|to_out\.0|[qkv]_proj|out_proj)$"
 LINEAR = ATTENTION[:-2] + r"|ff\.net\.0\.proj|ff\.net\.2|proj_in|proj_out|fc1|fc2)$"  # kohya's usual set
 EVERYTHING = r"."
@@ -132,6 +138,35 @@ def outputs(models: Mapping[str, nn.Module], dtype: torch.dtype = torch.float32)
             if hasattr(answer, "text_embeds"):
                 result[name + " pooled"] = answer.text_embeds
     return result
+
+
+@functools.cache
+def source(family: str) -> DiffusionPipeline:
+    """One tiny pipeline of each family, to look at and to copy; nothing is ever attached to it."""
+    return FAMILIES[family]()
+
+
+@functools.cache
+def base_outputs(family: str) -> dict[str, Tensor]:
+    """What the family's pipeline puts out without an adapter."""
+    return outputs(components(source(family)))
+
+
+def fresh(family: str = "SD1") -> SimpleNamespace:
+    """A copy of the family's components, to attach to."""
+    return SimpleNamespace(**copy.deepcopy(components(source(family))))
+
+
+def assert_same(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], family: str, tolerance: float = 2e-5) -> None:
+    """Equal in every component, and far from what the family puts out without an adapter: no vacuous agreement."""
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, atol=tolerance, rtol=tolerance)
+    assert max((value - base_outputs(family)[name]).abs().max().item() for name, value in expected.items()) > 1000 * tolerance
+
+
+def assert_identical(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
 
 
 def kohya_name(layer: Layer, two_encoders: bool, sgm: bool) -> str:
