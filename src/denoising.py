@@ -7,9 +7,10 @@ h and w latent size (an eighth of the pixels).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import numpy
@@ -20,7 +21,7 @@ from src.conditioning import Conditioning, stack
 from src.errors import UserError
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, DiffusionPipeline
+    from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 
     from src.request import PictureRequest
 
@@ -33,7 +34,9 @@ _PIPELINES = {
     ("inpaint", True): "StableDiffusionXLInpaintPipeline",
 }
 
-StepCallback = Callable[[int, int, torch.Tensor], None]  # steps done, steps in all, latents (B, 4, h, w)
+# Calls of the U-Net done, calls in all, and how to get the latents (B, 4, h, w) as they will about be.
+StepCallback = Callable[[int, int, Callable[[], torch.Tensor]], None]
+PREVIEW_LATENTS = 32  # a side: 256 pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +77,7 @@ def denoise(
         "guidance_scale": request.guidance_scale,
         "generator": list(sources),
         "output_type": "latent",
-        "callback_on_step_end": _report_to(on_step),
+        "callback_on_step_end": _report_to(on_step, pipeline.scheduler),
     }
     if start is None:
         latents = noise(sources, pipeline.vae.config.latent_channels, height_px // 8, width_px // 8)
@@ -148,28 +151,38 @@ def keep_outside_mask(drawn: Image.Image, start: Start) -> Image.Image:
     return Image.composite(drawn, start.image, start.mask)
 
 
-def preview_matrix(vae: AutoencoderKL, device: torch.device) -> torch.Tensor:
-    """A linear map (4 + 1, 3) from a latent (and 1) to RGB, fitted to how the VAE encodes 27 flat colours.
+def preview(vae: AutoencoderKL, latents: torch.Tensor, device: torch.device) -> list[Image.Image]:
+    """Latents (B, 4, h, w) -> small pictures; averaged down to 32 latents a side first, so that a preview stays cheap."""
+    factor = max(1, round(max(latents.shape[-2:]) / PREVIEW_LATENTS))
+    small = torch.nn.functional.avg_pool2d(latents.float(), factor).to(device)
+    return [to_picture(decode(vae, item[None])) for item in small]
 
-    Works for any VAE without a table of magic numbers; a preview costs a matrix product instead of a decode.
+
+def estimate_clean(scheduler: SchedulerMixin, prediction: torch.Tensor, timestep: float, sample: torch.Tensor) -> torch.Tensor:
+    """The finished latents as the U-Net sees them at this step, for any sampler: x0 from its prediction.
+
+    With a = alphas_cumprod at the timestep and x the sample scaled to unit variance: epsilon gives
+    (x - sqrt(1-a) eps) / sqrt(a), v gives sqrt(a) x - sqrt(1-a) v (Salimans and Ho 2022, appendix D).
     """
-    levels = torch.tensor([-0.8, 0.0, 0.8])
-    colours = torch.cartesian_prod(levels, levels, levels)  # (27, 3), in [-1, 1]
-    tiles = colours[:, :, None, None].expand(-1, -1, 64, 64).to(device, vae.dtype)
-    with torch.no_grad():
-        means = torch.cat([vae.encode(tile[None]).latent_dist.mean for tile in tiles])  # (27, 4, 8, 8)
-    centres = _normalise(vae, means)[:, :, 2:-2, 2:-2].mean(dim=(2, 3)).float().cpu()
-    return torch.linalg.lstsq(torch.cat([centres, torch.ones(27, 1)], dim=1), colours).solution
+    table = scheduler.alphas_cumprod.double().cpu().numpy()
+    a = float(numpy.interp(float(timestep), range(len(table)), table))
+    if scheduler.init_noise_sigma > 1.5:  # Euler and its kin: the sample is x0 + sigma * noise, of variance 1 / a
+        sample = sample * a**0.5
+    if scheduler.config.prediction_type == "v_prediction":
+        return a**0.5 * sample - (1 - a) ** 0.5 * prediction
+    return (sample - (1 - a) ** 0.5 * prediction) / a**0.5
 
 
-def preview(latents: torch.Tensor, matrix: torch.Tensor) -> list[Image.Image]:
-    """Latents (B, 4, h, w) -> small pictures of the denoising so far, w x h pixels each."""
-    scaled = latents.float().cpu()
-    # A picture's latents deviate by about 1; early ones are mostly noise, in some samplers of a large sigma.
-    scaled = scaled / (scaled.std(dim=(1, 2, 3), keepdim=True) / 2).clamp(min=1)
-    ones = torch.ones_like(scaled[:, :1])
-    rgb = torch.einsum("bchw,ck->bkhw", torch.cat([scaled, ones], dim=1), matrix)  # (B, 3, h, w), in [-1, 1]
-    return [to_picture((item[None] / 2 + 0.5).clamp(0, 1)) for item in rgb]
+def _watch(scheduler: SchedulerMixin, seen: dict[str, torch.Tensor]) -> None:
+    """Note at each step what the sampler was given: diffusers' callback does not hand it out."""
+    step = scheduler.step
+
+    @functools.wraps(step)  # diffusers looks at the signature
+    def watched_step(prediction: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        seen.update(prediction=prediction, timestep=timestep, sample=sample)
+        return step(prediction, timestep, sample, *rest, **named)
+
+    scheduler.step = watched_step
 
 
 def _as_mode(pipeline: DiffusionPipeline, mode: str) -> DiffusionPipeline:
@@ -184,9 +197,9 @@ def _as_mode(pipeline: DiffusionPipeline, mode: str) -> DiffusionPipeline:
 
 def _start_arguments(
     pipeline: DiffusionPipeline, request: PictureRequest, sources: Sequence[torch.Generator], start: Start
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """The arguments of image to image and inpainting. Latents are handed over in place of pixels: see the module's head."""
-    arguments: dict[str, object] = {"strength": request.strength}
+    arguments: dict[str, Any] = {"strength": request.strength}
     if start.mask is not None:
         arguments |= {"mask_image": start.mask, "width": request.width, "height": request.height}
     if pipeline.unet.config.in_channels == 9:  # it is shown the picture with a hole, which diffusers makes of the pixels
@@ -201,16 +214,15 @@ def _start_arguments(
     return arguments | {"image": latents}
 
 
-def _report_to(on_step: StepCallback | None) -> Callable[..., dict[str, object]] | None:
-    """Translate diffusers' callback to ours; second-order samplers call the U-Net twice a step."""
+def _report_to(on_step: StepCallback | None, scheduler: SchedulerMixin) -> Callable[..., dict[str, Any]] | None:
+    """Translate diffusers' callback to ours; it counts the U-Net's calls, of which second-order samplers make two a step."""
     if on_step is None:
         return None
+    seen: dict[str, torch.Tensor] = {}
+    _watch(scheduler, seen)
 
-    def on_step_end(
-        pipeline: DiffusionPipeline, index: int, timestep: object, tensors: dict[str, torch.Tensor]
-    ) -> dict[str, object]:
-        total = pipeline.num_timesteps
-        on_step(index + 1, total, tensors["latents"])
+    def on_step_end(pipeline: DiffusionPipeline, index: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+        on_step(index + 1, pipeline.num_timesteps, lambda: estimate_clean(scheduler, **seen))
         return {}
 
     return on_step_end

@@ -36,7 +36,7 @@ class Step:
     pictures_done: int  # finished before this batch
     batch_size: int
     fraction: float  # of this batch's steps, 0 to 1
-    latents: torch.Tensor  # (B, 4, h, w)
+    latents: Callable[[], torch.Tensor]  # () -> (B, 4, h, w): the finished latents as they are expected now
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,6 @@ class TextToImageGenerator:
         self._loras: tuple[LoraChoice, ...] = ()  # loaded to stay
         self._in_use: tuple[LoraChoice, ...] = ()  # attached right now
         self._reports: tuple[LoraReport, ...] = ()
-        self._preview_matrix: torch.Tensor | None = None
         self._read_adapters: dict[tuple[Path, int], Adapter] = {}
 
     def _place(self, request: PictureRequest) -> None:
@@ -218,10 +217,9 @@ class TextToImageGenerator:
                 self._use(self._loras)
 
     def preview(self, latents: torch.Tensor) -> list[Image.Image]:
-        """Latents (B, 4, h, w), as ``on_step`` receives them -> small pictures, w x h pixels, of what is becoming of them."""
-        if self._preview_matrix is None:
-            self._preview_matrix = denoising.preview_matrix(self.model.pipeline.vae, self.model.pipeline._execution_device)
-        return denoising.preview(latents, self._preview_matrix)
+        """Latents (B, 4, h, w), such as ``Step.latents()`` gives -> small pictures of what is becoming of them."""
+        pipeline = self.model.pipeline
+        return denoising.preview(pipeline.vae, latents, pipeline._execution_device)
 
     def save_images(
         self, pictures: Sequence[Image.Image], prefix: str | None = None, output_dir: str | Path | None = None
@@ -339,6 +337,6 @@ def fitting_size(picture_px: tuple[int, int], native_px: int) -> tuple[int, int]
 
 
 def _report_step(
-    on_step: Callable[[Step], None], done: int, batch_size: int, step: int, steps: int, latents: torch.Tensor
+    on_step: Callable[[Step], None], done: int, batch_size: int, step: int, steps: int, latents: Callable[[], torch.Tensor]
 ) -> None:
     on_step(Step(done, batch_size, step / steps, latents))

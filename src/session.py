@@ -52,7 +52,6 @@ class Session:
         self._stem = f"{wishes.prefix}_{datetime.now():%Y%m%d_%H%M%S}"
         self._saved = 0
         self._steps_done = 0.0
-        self._preview: Any = None
 
     def run(self, jobs: Sequence[Job]) -> ExitCode:
         """Draw all jobs. With one job its error is raised; with several each error is reported and the rest is drawn."""
@@ -138,7 +137,7 @@ class Session:
         self._terminal.progress(self._steps_done + done * steps, f"picture {self._saved + 1}")
         every = self._wishes.preview_every
         if every and round(step.fraction * steps) % every == 0:
-            sheet = images.contact_sheet(self._generator.preview(step.latents))
+            sheet = images.contact_sheet(self._generator.preview(step.latents()))
             files.publish_bytes(self._wishes.folder / "preview.png", images.encode_png(sheet, {}))
 
 

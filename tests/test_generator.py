@@ -15,6 +15,7 @@ from diffusers import (
 )
 from PIL import Image
 
+from src import denoising
 from src.config import AppConfig
 from src.errors import ExitCode, UserError
 from src.generator import Step, TextToImageGenerator, fitting_size
@@ -209,22 +210,32 @@ def test_steps_are_reported_to_the_end(sd1) -> None:
     sd1.generate(PROMPT, seed=1, num_images=3, batch_size=2, on_step=steps.append)
     assert [(step.pictures_done, step.batch_size) for step in steps] == [(0, 2)] * STEPS + [(2, 1)] * STEPS
     assert [step.fraction for step in steps[:STEPS]] == [0.25, 0.5, 0.75, 1.0]
-    assert sd1.preview(steps[0].latents)[0].size == (8, 8)
+    assert steps[0].latents().shape[1:] == (4, 8, 8)
 
 
-def test_previews_show_the_colours_of_the_picture(tmp_path) -> None:
-    """A flat colour through the embedded model's VAE: the preview must be nearest to that of six colours."""
-    config = config_for(Path("embedded"), tmp_path)
-    config.model.model_id = "embedded"
-    generator = TextToImageGenerator(config)
-    vae = generator.model.pipeline.vae
-    colours = numpy.array([(220, 38, 38), (34, 160, 70), (37, 99, 235), (250, 250, 250), (20, 20, 20), (250, 204, 21)])
-    for colour in colours:
-        flat = torch.tensor(colour.tolist()).view(1, 3, 1, 1).expand(1, 3, 64, 64) / 127.5 - 1
-        latents = vae.encode(flat).latent_dist.mean * vae.config.scaling_factor
-        (small,) = generator.preview(latents)
-        distance = abs(colours - pixels(small)[2:-2, 2:-2].mean(axis=(0, 1))).sum(axis=1)
-        assert (colours[distance.argmin()] == colour).all()
+@pytest.mark.parametrize("name", ["DPM++ 2M Karras", "Euler", "Euler a", "Heun", "DDIM", "UniPC", "DPM2 Karras", "LCM"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_estimate_of_the_finished_latents_is_exact_for_a_perfect_unet(name: str, prediction_type: str) -> None:
+    """Noise known latents to each timestep by the closed form and predict that very noise: they must come back."""
+    scheduler = build_scheduler(find_sampler(name), pipelines.scheduler(prediction_type).config)
+    scheduler.set_timesteps(8)
+    table = scheduler.alphas_cumprod.double()
+    clean, eps = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for timestep in scheduler.timesteps[:8].tolist():
+        low = int(timestep)
+        a = table[low] + (timestep - low) * (table[min(low + 1, 999)] - table[low])
+        sample = a.sqrt() * clean + (1 - a).sqrt() * eps
+        velocity = a.sqrt() * eps - (1 - a).sqrt() * clean
+        sample = sample / a.sqrt() if float(scheduler.init_noise_sigma) > 1.5 else sample
+        prediction = velocity if prediction_type == "v_prediction" else eps
+        torch.testing.assert_close(denoising.estimate_clean(scheduler, prediction, timestep, sample), clean, rtol=1e-6, atol=1e-6)
+
+
+def test_previews_show_what_the_picture_becomes(sd1) -> None:
+    """The last estimate of a DDIM run is its result; the preview of it is the picture itself."""
+    steps: list[Step] = []
+    (picture,) = sd1.generate(PROMPT, seed=1, scheduler="ddim", on_step=steps.append)
+    assert largest_difference(sd1.preview(steps[-1].latents())[0], picture) <= 12
 
 
 # -- what can go wrong
