@@ -17,20 +17,20 @@ from src import quiet
 # because not everybody comes through the command line. What the user has set himself is respected.
 quiet.silence_libraries()
 
-import diffusers  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from accelerate import init_empty_weights  # noqa: E402
-from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline  # noqa: E402
-from diffusers.loaders import single_file_utils  # noqa: E402
-from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+import diffusers
+import torch
+import transformers
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.loaders import single_file_utils
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from safetensors.torch import load_file
 
-from src import downloads, model_files, model_source  # noqa: E402
-from src.config import PRECISIONS, AppConfig  # noqa: E402
-from src.errors import refused, usage_error  # noqa: E402
-from src.model_files import Family  # noqa: E402
-from src.tensor_files import read_header  # noqa: E402
+from src import downloads, model_files, model_source
+from src.config import PRECISIONS, AppConfig
+from src.errors import refused, usage_error
+from src.model_files import Family
+from src.tensor_files import read_header
 
 quiet.silence_libraries()  # and after: loggers and bars that exist only now
 

@@ -1,4 +1,4 @@
-"""The answer of ``--estimate-vram``: the plan that a run would take here, and what it would need. Loads nothing, needs no torch."""
+"""The answer of ``--estimate-vram``: the plan that a run would take, and what it would need. Loads nothing, needs no torch."""
 
 from __future__ import annotations
 

@@ -11,10 +11,6 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 
-from src import quiet
-
-quiet.silence_libraries()  # before the first heavy import: some libraries talk while they are imported
-
 import torch
 from PIL import Image
 
@@ -118,9 +114,12 @@ class TextToImageGenerator:
         """Choose a memory plan for the request's size and apply it, if it is another one than now."""
         model, options = self.model, self.config.optimization
         need = memory_plan.Request(
-            width_px=request.width or model.native_size_px, height_px=request.height or model.native_size_px,
-            batch_size=min(request.batch_size, request.num_images), guidance=request.guidance_scale > 1, precision=model.precision,
-        )  # fmt: skip
+            width_px=request.width or model.native_size_px,
+            height_px=request.height or model.native_size_px,
+            batch_size=min(request.batch_size, request.num_images),
+            guidance=request.guidance_scale > 1,
+            precision=model.precision,
+        )
         plan = memory_plan.choose(memory_plan.read_shapes(model.config_folder), need, self._budget_bytes, options)
         if self._plan is None or plan.placement != self._plan.placement:
             optimizations.apply(model.pipeline, plan.placement, options, model.device)

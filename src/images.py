@@ -114,7 +114,8 @@ def save_picture(image: Image.Image, folder: Path, stem: str, start: int = 0) ->
     Other values in ``image.info`` stay out of the file. Raises UserError (failure) when the disk says no.
     """
     text = {key: value for key, value in image.info.items() if isinstance(value, str)}
-    return publish_numbered(folder, lambda number: f"{stem}_{number:03d}.png", encode_png(image, text), start)
+    path = publish_numbered(folder, lambda number: f"{stem}_{number:03d}.png", encode_png(image, text), start)
+    return folder / path.name  # as the folder was given, not as it resolves
 
 
 def read_text_chunks(path: Path, wanted: Collection[str] | None = None) -> dict[str, str]:

@@ -77,7 +77,7 @@ def memory_errors(request: PictureRequest) -> Iterator[None]:
         return
     # Raised outside of the except block, so that no frame keeps the tensors that filled the memory.
     raise UserError(
-        f"out of memory ({wanted}); use a smaller size or --batch-size 1, or plan for less with --max-vram or --sequential-cpu-offload",
+        f"out of memory ({wanted}); use --batch-size 1 or a smaller size, or plan for less with --max-vram",
         ExitCode.OUT_OF_MEMORY,
     )
 
@@ -112,7 +112,7 @@ def _set_modes(pipeline: DiffusionPipeline, placement: Placement, options: Optim
     if options.enable_xformers:
         if importlib.util.find_spec("xformers") is None:
             raise usage_error(
-                "xformers is not installed; pip install xformers, or leave it out: torch's own attention is as fast on most cards"
+                "xformers is not installed; install it, or leave it out: torch's own attention is as fast on most cards"
             )
         pipeline.unet.enable_xformers_memory_efficient_attention()
     if options.enable_attention_slicing:

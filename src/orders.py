@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from src import files, images, model_source
-from src.arguments import apply_typed, build_config, parse_job
+from src.arguments import apply_typed, parse_job
 from src.config import AppConfig
 from src.errors import UserError, not_found, usage_error
 from src.jobs import Journal, job_id, read_job_lines, split_flags
@@ -90,7 +90,14 @@ def check_surroundings(typed: dict[str, Any], config: AppConfig) -> Wishes:
     journal = None
     if "prompts" in typed and "redo" not in typed:
         journal = Journal(folder / JOURNAL)
-    return Wishes(folder, config.paths.prefix, "grid" in typed, typed.get("preview"), "no_metadata" not in typed, journal)
+    return Wishes(
+        folder,
+        config.paths.prefix,
+        grid="grid" in typed,
+        preview_every=typed.get("preview"),
+        metadata="no_metadata" not in typed,
+        journal=journal,
+    )
 
 
 # -- --from-image

@@ -111,7 +111,7 @@ class PictureRequest(GenerationConfig):
         if int(self.num_inference_steps * self.strength) < 1:
             needed = math.ceil(1 / self.strength)
             raise usage_error(
-                f"{self.num_inference_steps} steps at strength {self.strength:g} is no step at all; use --steps {needed} or more"
+                f"{self.num_inference_steps} steps at strength {self.strength:g} is no step at all; use --steps {needed}"
             )
 
 

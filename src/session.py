@@ -40,7 +40,6 @@ class Wishes:
     grid: bool = False
     preview_every: int | None = None
     metadata: bool = True
-    allow_partial: bool = False
     journal: Journal | None = None  # with one, finished pictures are not drawn again
 
 

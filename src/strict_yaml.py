@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -21,7 +21,7 @@ MAX_DEPTH = 32
 class _StrictLoader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2 scalars that refuses anchors, foreign tags, deep nesting and duplicate keys."""
 
-    yaml_implicit_resolvers: dict[str, list[Any]] = {}  # none inherited: YAML 1.1's guesses are the trap
+    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}  # none inherited: YAML 1.1's guesses are the trap
     _depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:

@@ -228,7 +228,9 @@ def test_the_estimate_of_the_finished_latents_is_exact_for_a_perfect_unet(name: 
         velocity = a.sqrt() * eps - (1 - a).sqrt() * clean
         sample = sample / a.sqrt() if float(scheduler.init_noise_sigma) > 1.5 else sample
         prediction = velocity if prediction_type == "v_prediction" else eps
-        torch.testing.assert_close(denoising.estimate_clean(scheduler, prediction, timestep, sample), clean, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            denoising.estimate_clean(scheduler, prediction, timestep, sample), clean, rtol=1e-6, atol=1e-6
+        )
 
 
 def test_previews_show_what_the_picture_becomes(sd1) -> None:

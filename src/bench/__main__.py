@@ -47,6 +47,9 @@ def _start() -> list[str]:
 
 
 def _swap() -> list[str]:
+    from src import quiet
+
+    quiet.silence_libraries()
     from src.bench import swap
 
     with tempfile.TemporaryDirectory() as folder:

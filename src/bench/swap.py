@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
 import torch
+from safetensors.torch import save
 
 from src import files
-from src.base_models import ARCHITECTURES
 from src.lora import AdapterStack, read_adapter
-from src.lora_files import Adapter
+from src.model_files import ARCHITECTURES
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # what diffusers' and most trainers' adapters touch: 128 layers in SD v1.5
 RANK = 4
@@ -24,18 +25,19 @@ def run(folder: Path) -> list[str]:
     """Write two rank-4 adapters into ``folder``, swap them 200 times, and return the lines of the report."""
     unet = _random_unet()
     paths = [_write_adapter(unet, folder / f"adapter_{seed}.safetensors", seed) for seed in (1, 2)]
-    read_ms, adapters = zip(*(_timed(lambda path=path: read_adapter(path)) for path in paths))
+    adapters = [read_adapter(path) for path in paths]
     stack = AdapterStack(SimpleNamespace(unet=unet), "SD1")
-    swap_ms = [_timed(lambda index=index: stack.set([(adapters[index % 2], 0.8)]))[0] for index in range(SWAPS)]
-    clear_ms, _ = _timed(stack.clear)
+    rows = {
+        "read a file and check it": [_time_ms(read_adapter, path) for path in paths * 5],
+        f"swap, {SWAPS} times": [_time_ms(stack.set, [(adapters[index % 2], 0.8)]) for index in range(SWAPS)],
+        "take off": [_time_ms(stack.clear)],
+    }
     hooks = sum(len(module._forward_hooks) for module in unet.modules())
-    size_mb = paths[0].stat().st_size / 1e6
-    return [
-        f"adapter: {len(adapters[0].layers)} layers, rank {RANK}, {size_mb:.1f} MB",
-        f"read from disk, checked and hashed by tensor   {statistics.median(read_ms):7.1f} ms",
-        f"swap, median of {SWAPS}                            {statistics.median(swap_ms):7.1f} ms (90th percentile {_percentile(swap_ms, 0.9):.1f})",
-        f"take off                                       {clear_ms:7.1f} ms; hooks left: {hooks}",
-    ]
+    title = (
+        f"SD v1.5's U-Net; adapters of {len(adapters[0].layers)} layers, rank {RANK}, {paths[0].stat().st_size / 1e6:.1f} MB"
+    )
+    lines = [f"{name:<26} {statistics.median(times):6.1f} ms, at most {max(times):.1f}" for name, times in rows.items()]
+    return [title, *lines, f"hooks left behind: {hooks}"]
 
 
 def _random_unet() -> torch.nn.Module:
@@ -46,8 +48,6 @@ def _random_unet() -> torch.nn.Module:
 
 
 def _write_adapter(unet: torch.nn.Module, path: Path, seed: int) -> Path:
-    from safetensors.torch import save
-
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, module in unet.named_modules():
@@ -57,11 +57,7 @@ def _write_adapter(unet: torch.nn.Module, path: Path, seed: int) -> Path:
     return files.publish_bytes(path, save(tensors))
 
 
-def _timed(call) -> tuple[float, Adapter | list | None]:
+def _time_ms(action: Callable[..., object], *arguments: object) -> float:
     started = time.perf_counter()
-    result = call()
-    return (time.perf_counter() - started) * 1e3, result
-
-
-def _percentile(values: list[float], share: float) -> float:
-    return sorted(values)[int(share * (len(values) - 1))]
+    action(*arguments)
+    return (time.perf_counter() - started) * 1e3
