@@ -2,7 +2,12 @@
 
 import sys
 
-from src.cli import main
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        from src.cli import main  # here, because Ctrl+C may come while it is being imported
+
+        code = main(sys.argv[1:])
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)

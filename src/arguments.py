@@ -8,13 +8,26 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from src.config import DEVICES, PRECISIONS, AppConfig, load_config, parse_assignment, preset_names, set_value
+from src.config import (
+    DEVICES,
+    PRECISIONS,
+    PRESETS_FOLDER,
+    AppConfig,
+    full_name,
+    load_config,
+    model_of_preset,
+    parse_assignment,
+    preset_names,
+    read_settings,
+    set_value,
+)
 from src.errors import usage_error
-from src.schedulers import PRESETS, apply_preset
+from src.schedulers import PRESETS, apply_preset, find_sampler
 
 USAGE = """python main.py "PROMPT" [options]
        python main.py --prompts FILE [options]
@@ -49,6 +62,10 @@ class Flag:
     def dest(self) -> str:
         return self.setting or self.names[0].lstrip("-").replace("-", "_")
 
+    @property
+    def takes_value(self) -> bool:
+        return self.kind is not None
+
 
 def _switch(name: str, help: str, setting: str | None = None, value: bool = True, in_jobs: bool = False) -> Flag:
     return Flag((name,), help, setting, None, value=value, in_jobs=in_jobs)
@@ -77,7 +94,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
     ),
     "start from a picture": (
         Flag(("--init-image", "-i"), "draw over this picture", metavar="FILE", in_jobs=True),
-        Flag(("--strength",), "0 keeps the picture, 1 ignores it", "generation.strength", float, "X", in_jobs=True),
+        Flag(("--strength",), "how much is redrawn: near 0 keeps the picture, 1 ignores it", "generation.strength", float, "X", in_jobs=True),
         Flag(("--mask",), "repaint only where this picture is white", metavar="FILE", in_jobs=True),
         Flag(("--from-image",), "draw a picture again from the recipe it carries; other flags win", metavar="FILE"),
     ),
@@ -98,7 +115,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         _switch("--model-cpu-offload", "one component on the card at a time", "optimization.enable_model_cpu_offload"),
         _switch("--sequential-cpu-offload", "one layer on the card at a time: smallest, slowest", "optimization.enable_sequential_cpu_offload"),
         _switch("--attention-slicing", "for cards without an efficient kernel; slower elsewhere", "optimization.enable_attention_slicing"),
-        _switch("--vae-slicing", "let the VAE take one picture at a time", "optimization.enable_vae_slicing"),
+        _switch("--vae-slicing", "encode one picture at a time; decoding is one at a time in any case", "optimization.enable_vae_slicing"),
         _switch("--vae-tiling", "let the VAE work in tiles", "optimization.enable_vae_tiling"),
         _switch("--xformers", "xformers' attention kernels", "optimization.enable_xformers"),
         _switch("--torch-compile", "compile the U-Net; pays for many pictures", "optimization.enable_torch_compile"),
@@ -130,6 +147,10 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
     ),
 }  # fmt: skip
 
+FLAG_OF = {name: flag for flags in FLAGS.values() for flag in flags for name in flag.names}
+_FLAG_OF_DEST = {flag.dest: flag for flag in FLAG_OF.values()}
+_LOOKS_LIKE_A_FLAG = re.compile(r"--[A-Za-z][\w-]*(=.*)?", re.DOTALL)
+
 
 class _Parser(argparse.ArgumentParser):
     """argparse that raises our one-line error in place of its usage dump."""
@@ -138,13 +159,17 @@ class _Parser(argparse.ArgumentParser):
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
             flag = unknown.split()[0]
-            known = [name for group in FLAGS.values() for item in group for name in item.names]
-            if flag.partition("=")[0] in known:
+            if flag.partition("=")[0] in FLAG_OF:
                 raise usage_error(f"{flag} cannot differ from job to job; give it on the command line")
-            close = difflib.get_close_matches(flag.partition("=")[0], known, n=1)
+            close = difflib.get_close_matches(flag.partition("=")[0], FLAG_OF, n=1)
             hint = f"did you mean {close[0]}?" if close else "see --help"
             quotes = " (a prompt of several words needs quotes)" if not flag.startswith("-") else ""
             raise usage_error(f"unknown argument '{flag}'{quotes}; {hint}")
+        if found := re.match(r"argument ([^/:\s]+)[^:]*: (expected one|ignored explicit) argument", message):
+            flag = FLAG_OF[found[1]]
+            if found[2].startswith("ignored"):
+                raise usage_error(f"{flag.names[0]} takes no value; write {flag.names[0]} alone")
+            raise usage_error(f"{flag.names[0]}: its value is missing; write {flag.names[0]} {flag.metavar}")
         raise usage_error(f"{message}; see --help")
 
 
@@ -165,19 +190,38 @@ def _parse(parser: _Parser, argv: Sequence[str]) -> dict[str, Any]:
         if words is not None and "prompt" in typed:
             raise usage_error("the prompt is given twice: first and by --prompt; give it once")
         typed |= {"prompt": words} if words is not None else {}
+    typed = {name: _convert(_FLAG_OF_DEST[name], value) for name, value in typed.items()}
     if "size" in typed:
         typed |= _parse_size(typed.pop("size"))
     return typed
 
 
 def _normalise(argv: Sequence[str]) -> list[str]:
-    """``--cfg_scale=7`` -> ``--cfg-scale=7``; values are left alone."""
-    normal = []
+    """``--cfg_scale=7`` -> ``--cfg-scale=7``; a value that begins with "-" is tied to its flag: ``--negative=-blur``."""
+    normal: list[str] = []
     for word in argv:
         flag, equals, value = word.partition("=")
-        known = flag.startswith("--") and " " not in flag
-        normal.append(flag.replace("_", "-") + equals + value if known else word)
+        before = FLAG_OF.get(normal[-1]) if normal else None
+        is_flag = word == "--" or flag in FLAG_OF or _LOOKS_LIKE_A_FLAG.fullmatch(word) is not None
+        if before is not None and before.takes_value and word.startswith("-") and not is_flag:
+            normal[-1] += f"={word}"
+        else:
+            normal.append(flag.replace("_", "-") + equals + value if is_flag else word)
     return normal
+
+
+def _convert(flag: Flag, value: Any) -> Any:
+    """The text typed after a flag as the flag's type."""
+    if flag.choices is not None and value not in flag.choices:
+        *first, last = flag.choices
+        raise usage_error(f"{flag.names[0]} {value}: choose {', '.join(first)} or {last}")
+    if flag.kind not in (int, float):
+        return value
+    try:
+        return flag.kind(value)
+    except ValueError:
+        wanted = "a whole number" if flag.kind is int else "a number"
+        raise usage_error(f"{flag.names[0]} {value}: expected {wanted}") from None
 
 
 def _parse_size(text: str) -> dict[str, int]:
@@ -210,17 +254,16 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 def _add(group: argparse._ArgumentGroup, flag: Flag, defaults: dict[str, dict[str, Any]]) -> None:
     text = flag.help.replace("%", "%%")
-    if flag.setting and flag.kind is not None:
+    if flag.setting and flag.takes_value:
         section, _, key = flag.setting.partition(".")
         default = defaults[section][key]
-        text += f" (default: {default})" if default not in (None, "") else ""
-    if flag.kind is None:
+        label = f", A1111's {find_sampler(default).label}" if key == "scheduler" else ""
+        text += f" (default: {default}{label})" if default not in (None, "") else ""
+    if not flag.takes_value:
         group.add_argument(*flag.names, dest=flag.dest, action="store_const", const=flag.value, help=text)
     else:
         action = "append" if flag.repeat else "store"
-        group.add_argument(
-            *flag.names, dest=flag.dest, type=flag.kind, metavar=flag.metavar, action=action, choices=flag.choices, help=text
-        )
+        group.add_argument(*flag.names, dest=flag.dest, metavar=flag.metavar, action=action, help=text)
 
 
 def help_text() -> str:
@@ -229,16 +272,32 @@ def help_text() -> str:
 
 
 def build_config(typed: dict[str, Any], recipe_settings: dict[str, Any] | None = None) -> AppConfig:
-    """Defaults < model preset < --config < recipe of --from-image < --preset < --set < flags."""
-    model = typed.get("model")
-    is_preset = model in preset_names()
-    config = load_config(*([model] if is_preset else []), *typed.get("config", []))
-    if model is not None and not is_preset:
-        config.model.model_id = model
+    """Defaults < model preset < --config < recipe of --from-image < --preset < --set < flags.
+
+    Of a preset named by ``--model`` the settings come first, so that a file can change them, and the model last: it is a flag.
+    """
+    model, presets = typed.get("model"), []
+    if model in preset_names():
+        presets = [PRESETS_FOLDER / f"{model}.yaml"]
+        model = model_of_preset(model)
+        if model is None:
+            raise usage_error(
+                f"--model {typed['model']}: that preset is a card size, not a model; use --config {typed['model']}"
+            )
+    config = load_config(*presets, *typed.get("config", []))
     for name, value in (recipe_settings or {}).items():
         set_value(config, f"generation.{name}", value)
     apply_typed(config, typed)
+    if model is not None:
+        config.model.model_id = model
     return config
+
+
+def is_given(typed: dict[str, Any], setting: str) -> bool:
+    """Whether a setting was chosen, by a flag, ``--set`` or a ``--config`` that holds it, and is not the default."""
+    flag = "model" if setting == "model.model_id" else setting
+    assigned = {full_name(parse_assignment(text)[0]) for text in typed.get("set", [])}
+    return flag in typed or setting in assigned or any(setting in read_settings(item) for item in typed.get("config", []))
 
 
 def apply_typed(config: AppConfig, typed: dict[str, Any]) -> None:
@@ -249,4 +308,4 @@ def apply_typed(config: AppConfig, typed: dict[str, Any]) -> None:
         set_value(config, *parse_assignment(text))
     for name, value in typed.items():
         if "." in name:
-            set_value(config, name, None if name == "generation.seed" and value == -1 else value)
+            set_value(config, name, value)

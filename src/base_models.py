@@ -88,7 +88,7 @@ def load(config: AppConfig) -> LoadedModel:
     wanted = config.model
     device = pick_device(wanted.device)
     dtype = pick_dtype(wanted.precision, device)
-    cache = Path(config.paths.cache).expanduser()
+    cache = config.paths.folder("cache")
     checker = not config.optimization.disable_safety_checker
     source = model_source.resolve(
         wanted.model_id, cache, wanted.offline, revision=wanted.revision, include_safety_checker=checker

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +20,12 @@ def main(argv: Sequence[str]) -> int:
     try:
         return _run(argv, terminal)
     except UserError as error:
-        code, message = error.exit_code, str(error)
+        if "--debug" in argv:
+            import traceback
+
+            traceback.print_exception(error)
+        terminal.error(str(error), error.exit_code)
+        return error.exit_code
     except KeyboardInterrupt:
         terminal.say("interrupted; the pictures finished so far are kept")
         return ExitCode.INTERRUPTED
@@ -30,34 +36,28 @@ def main(argv: Sequence[str]) -> int:
         if "--debug" in argv:
             raise
         first_line = (str(error).strip() or "no message").splitlines()[0]
-        code, message = (
-            ExitCode.FAILURE,
-            f"unexpected {type(error).__name__}: {first_line}; run again with --debug to see where",
-        )
-    if "--debug" in argv:
-        import traceback
-
-        traceback.print_exc()
-    terminal.error(message, code)
-    return code
+        message = f"unexpected {type(error).__name__}: {first_line}; run again with --debug to see where"
+        terminal.error(message, ExitCode.FAILURE)
+        return ExitCode.FAILURE
 
 
 def _run(argv: Sequence[str], terminal: Terminal) -> int:
     typed = parse_arguments(argv)
     if _print_information(typed):
         return ExitCode.OK
-    from src import orders  # reads pictures, recipes and job files; --help must not pay for that
+    from src import orders, recipe_orders  # read pictures, recipes and job files; --help must not pay for that
 
-    recipe = orders.read_recipe(typed, terminal)
+    recipe = recipe_orders.read_recipe(typed, terminal.say)
     config = build_config(typed, recipe.settings if recipe else None)
     if recipe is not None:
-        orders.follow_recipe(recipe, typed, config)
+        typed = recipe_orders.follow_recipe(recipe, typed, config, terminal.say)
     if "estimate_vram" in typed:
         from src.estimate import estimate
 
-        print(estimate(config, orders.read_request(config, {"prompt": "-", **typed})))
+        answer = estimate(config, orders.read_request(config, {"prompt": "-", **typed}, terminal.say))
+        print(json.dumps(answer.as_json()) if terminal.as_json else answer.text())
         return ExitCode.OK
-    jobs = orders.read_jobs(typed, config)
+    jobs = orders.read_jobs(typed, config, terminal.say)
     wishes = orders.check_surroundings(typed, config)
 
     from src import quiet
@@ -68,10 +68,13 @@ def _run(argv: Sequence[str], terminal: Terminal) -> int:
 
     generator = TextToImageGenerator(config, terminal.say)
     generator.allow_partial = "allow_partial" in typed
-    code = Session(generator, terminal, wishes).run(jobs)
+    session = Session(generator, terminal, wishes)
+    if session.has_work(jobs):
+        generator.load_model()
     if recipe is not None:
-        orders.compare_with_recipe(recipe, generator.weights_sha256(), terminal)
-    return code
+        model = generator.model
+        recipe_orders.compare_with_recipe(recipe, generator.weights_sha256(), model.precision, model.device_name, terminal.say)
+    return session.run(jobs)
 
 
 def _print_information(typed: dict[str, Any]) -> bool:

@@ -6,6 +6,8 @@ Precedence: default < preset or YAML file < command-line flag. A default lives h
 from __future__ import annotations
 
 import difflib
+import os
+import re
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields
@@ -18,7 +20,7 @@ PROJECT_FOLDER = Path(__file__).resolve().parent.parent
 PRESETS_FOLDER = PROJECT_FOLDER / "configs"
 
 PRECISIONS = ("auto", "fp16", "bf16", "fp32")
-DEVICES = ("auto", "cuda", "mps", "cpu")
+DEVICES = ("auto", "cuda", "cuda:N", "mps", "cpu")
 
 
 @dataclass(slots=True)
@@ -61,12 +63,12 @@ class GenerationConfig:
     negative_prompt: str = ""
     scheduler: str = "dpm++_2m_karras"
 
-    seed: int | None = None  # None: random, and printed
+    seed: int | None = None  # None or -1: random, and printed
     num_images: int = 1
     batch_size: int = 1
     clip_skip: int = 1  # A1111's count: 1 is the last layer, 2 the one before
     prompt_weights: bool = True  # A1111 grammar: (a:1.3), [a], BREAK
-    strength: float = 0.6  # image to image: 0 keeps the picture, 1 ignores it
+    strength: float = 0.6  # image to image: near 0 keeps the picture, 1 ignores it
 
 
 @dataclass(slots=True)
@@ -78,6 +80,10 @@ class PathsConfig:
     wildcards: str = "wildcards"
     outputs: str = "outputs"
     prefix: str = "gen"  # pictures are named PREFIX_YYYYMMDD_HHMMSS_NNN.png
+
+    def folder(self, name: str) -> Path:
+        """The folder called "cache", "lora", "wildcards" or "outputs", with ~ filled in."""
+        return Path(os.path.expanduser(getattr(self, name)))
 
 
 @dataclass(slots=True)
@@ -110,6 +116,12 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS_FOLDER.glob("*.yaml"))
 
 
+def model_of_preset(name: str) -> str | None:
+    """The model that a preset is about; None for a card size, even one that proposes a model."""
+    settings = read_settings(PRESETS_FOLDER / f"{name}.yaml")
+    return None if "optimization.max_vram_gb" in settings else settings.get("model.model_id")
+
+
 def load_config(*sources: str | Path) -> AppConfig:
     """Build a configuration from presets (by name, e.g. ``"sdxl"``) and YAML files, the later over the earlier.
 
@@ -117,18 +129,17 @@ def load_config(*sources: str | Path) -> AppConfig:
     """
     config = AppConfig()
     for source in sources:
-        path = _find_source(source)
-        for name, value in _read_settings(path).items():
+        for name, value in read_settings(source).items():
             try:
                 set_value(config, name, value)
             except UserError as error:
-                raise UserError(f"{path.name}: {error}", error.exit_code) from None
+                raise UserError(f"{Path(source).name}: {error}", error.exit_code) from None
     return config
 
 
 def set_value(config: AppConfig, name: str, value: Any) -> None:
     """Set ``"generation.width"`` and the like, converted to the field's type. Text such as ``"30"`` is read as YAML."""
-    name = SETTING_ALIASES.get(name.strip(), name.strip())
+    name = full_name(name)
     section_name, _, key = name.partition(".")
     section = getattr(config, section_name, None) if section_name in {item.name for item in fields(config)} else None
     known = {item.name for item in fields(section)} if section is not None else set()
@@ -136,6 +147,19 @@ def set_value(config: AppConfig, name: str, value: Any) -> None:
         raise usage_error(f"unknown setting '{name}'{_did_you_mean(name)}")
     kind = typing.get_type_hints(type(section))[key]
     setattr(section, key, _convert(value, kind, name))
+
+
+def full_name(name: str) -> str:
+    """The setting that a name means: ``"generation.steps"`` is ``"generation.num_inference_steps"``."""
+    return SETTING_ALIASES.get(name.strip(), name.strip())
+
+
+def check_machine(model: ModelConfig) -> None:
+    """Refuse names of devices and precisions that exist on no machine, before torch is asked. Raises UserError (usage)."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", model.device):
+        raise usage_error(f"device '{model.device}' is not known; choose auto, cuda, cuda:N, mps or cpu")
+    if model.precision not in PRECISIONS:
+        raise usage_error(f"precision '{model.precision}' is not known; choose {', '.join(PRECISIONS)}")
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -162,7 +186,7 @@ def _did_you_mean(name: str) -> str:
 
 
 def _find_source(source: str | Path) -> Path:
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_file():
         return path
     preset = PRESETS_FOLDER / f"{source}.yaml"
@@ -173,10 +197,14 @@ def _find_source(source: str | Path) -> Path:
     raise not_found(f"configuration '{source}' is neither a file nor a preset{hint}")
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
-    """Flatten ``{section: {key: value}}`` to ``{"section.key": value}``."""
+def read_settings(source: str | Path) -> dict[str, Any]:
+    """What a preset or YAML file sets, ``{section: {key: value}}`` flattened to ``{"section.key": value}``; unchecked.
+
+    Raises UserError: not found, or usage for a file without sections.
+    """
     from src.strict_yaml import read_yaml  # here, because --help must not pay for PyYAML
 
+    path = _find_source(source)
     sections = read_yaml(path)
     if not isinstance(sections, dict):
         raise usage_error(f"{path}: expected sections such as 'model:' and 'generation:', found {type(sections).__name__}")
@@ -184,7 +212,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     for section, values in sections.items():
         if not isinstance(values, dict):
             raise usage_error(f"{path}: section '{section}' must hold settings, found {values!r}")
-        settings |= {f"{section}.{key}": value for key, value in values.items()}
+        settings |= {full_name(f"{section}.{key}"): value for key, value in values.items()}
     return settings
 
 

@@ -51,6 +51,10 @@ class NotFinite(ArithmeticError):
     """A tensor holds NaN or infinity: the precision was too small for the model."""
 
 
+class VaeNotFinite(NotFinite):
+    """The same, and it was the VAE: a larger precision for it alone will do."""
+
+
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:
     """One CPU generator per image; it draws the first noise and whatever an ancestral or SDE sampler adds."""
     return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
@@ -80,15 +84,19 @@ def denoise(
         "callback_on_step_end": _report_to(on_step, pipeline.scheduler),
     }
     if start is None:
-        latents = noise(sources, pipeline.vae.config.latent_channels, height_px // 8, width_px // 8)
+        scale = pipeline.vae_scale_factor
+        latents = noise(sources, pipeline.vae.config.latent_channels, height_px // scale, width_px // scale)
         dtype = arguments["prompt_embeds"].dtype
         arguments |= {"latents": latents.to(pipeline._execution_device, dtype), "height": height_px, "width": width_px}
     else:
         arguments |= _start_arguments(pipeline, request, sources, start)
+    vae_dtype = pipeline.vae.dtype
     with torch.no_grad():
         sampler = _as_mode(pipeline, request.mode)
         sampler.set_progress_bar_config(disable=True)  # ours spans all pictures
         latents = sampler(**arguments).images
+    if pipeline.vae.dtype != vae_dtype:  # SDXL's inpainting pipeline casts it, on the assumption that it came in fp16
+        pipeline.vae.to(vae_dtype)
     if not torch.isfinite(latents).all():
         raise NotFinite("the U-Net's output")
     return latents
@@ -114,7 +122,7 @@ def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         pixels = vae.decode(latents, return_dict=False)[0]
     if not torch.isfinite(pixels).all():
-        raise NotFinite("the VAE's output")
+        raise VaeNotFinite("the VAE's output")
     return (pixels / 2 + 0.5).clamp(0, 1).float().cpu()
 
 
@@ -164,7 +172,7 @@ def estimate_clean(scheduler: SchedulerMixin, prediction: torch.Tensor, timestep
     With a = alphas_cumprod at the timestep and x the sample scaled to unit variance: epsilon gives
     (x - sqrt(1-a) eps) / sqrt(a), v gives sqrt(a) x - sqrt(1-a) v (Salimans and Ho 2022, appendix D).
     """
-    table = scheduler.alphas_cumprod.double().cpu().numpy()
+    table = scheduler.alphas_cumprod.cpu().double().numpy()
     a = float(numpy.interp(float(timestep), range(len(table)), table))
     if scheduler.init_noise_sigma > 1.5:  # Euler and its kin: the sample is x0 + sigma * noise, of variance 1 / a
         sample = sample * a**0.5
@@ -208,7 +216,7 @@ def _start_arguments(
     latents = torch.cat([encode(pipeline.vae, pixels, pipeline._execution_device, source) for source in sources])
     latents = latents.to(pipeline.unet.dtype)
     if not torch.isfinite(latents).all():
-        raise NotFinite("the VAE's encoding")
+        raise VaeNotFinite("the VAE's encoding")
     if start.mask is not None:
         arguments["masked_image_latents"] = latents  # not looked at by a U-Net of 4 channels, but encoded when absent
     return arguments | {"image": latents}
@@ -229,7 +237,7 @@ def _report_to(on_step: StepCallback | None, scheduler: SchedulerMixin) -> Calla
 
 
 def explain_not_finite(error: NotFinite, precision: str) -> UserError:
-    """What to say when even the larger precision did not help."""
+    """What to say when no larger precision is left to try."""
     return UserError(
         f"{error} holds values that are no numbers in {precision}; draw with --precision fp32 (or bf16, where the card has it)"
     )

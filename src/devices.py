@@ -1,4 +1,4 @@
-"""What this machine has, asked without torch: the graphics card, main memory, and whether the CPU multiplies in bf16.
+"""What this machine has, asked without torch: graphics cards, main memory, bf16 in the CPU; and what is drawn on by that.
 
 The card is asked through NVML, the library inside NVIDIA's driver, so it costs milliseconds and creates no CUDA context.
 Whoever loads a model asks torch again; these answers are for planning before that.
@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import sys
 from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
+
+from src.errors import usage_error
 
 NVML_LIBRARY = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
 NAME_BYTES = 96  # NVML_DEVICE_NAME_V2_BUFFER_SIZE
@@ -42,7 +46,10 @@ class _WindowsMemory(ctypes.Structure):
 
 
 def detect_card(ordinal: int = 0, nvml: Any = None, visible: str | None = None) -> Card | None:
-    """The card that torch would call ``cuda:ordinal``, or None where there is no such card or no driver.
+    """The ``ordinal``-th visible card in the driver's order, or None where there is no such card or no driver.
+
+    The driver counts by PCI slot, and CUDA, unless CUDA_DEVICE_ORDER says PCI_BUS_ID, the fastest card first: on a machine
+    with different cards torch may call another one ``cuda:ordinal``.
 
     ``visible`` stands for CUDA_VISIBLE_DEVICES, honoured where it lists numbers; with UUIDs in it the answer is None.
     ``nvml`` stands for the driver's library.
@@ -60,6 +67,47 @@ def detect_card(ordinal: int = 0, nvml: Any = None, visible: str | None = None) 
         return _read_card(nvml, index)
     finally:
         nvml.nvmlShutdown()
+
+
+def detect_cards() -> list[Card]:
+    """All visible cards, in the order of ``detect_card``."""
+    return list(takewhile(bool, map(detect_card, count())))
+
+
+def has_apple_gpu() -> bool:
+    """Whether this is a Mac with Apple silicon, whose graphics processor torch calls ``mps``."""
+    return sys.platform == "darwin" and platform.machine() == "arm64"
+
+
+def pick_device(name: str, *, card_count: int, has_mps: bool, why_no_card: str = "no card is found") -> str:
+    """``auto`` -> the first of cuda, mps and cpu that is there; a device that is named, as it is.
+
+    ``name`` has passed ``config.check_machine``. Raises UserError (usage) for a device that is not there.
+    """
+    if name == "auto":
+        return "cuda" if card_count else "mps" if has_mps else "cpu"
+    kind, _, number = name.partition(":")
+    if kind == "cuda" and not card_count:
+        way_out = "use --device cpu, or install the torch for your card"
+        raise usage_error(f"device '{name}' cannot be used: {why_no_card}; {way_out}")
+    if kind == "cuda" and int(number or 0) >= card_count:
+        raise usage_error(f"device '{name}' is not there; the cards are cuda:0 to cuda:{card_count - 1}")
+    if kind == "mps" and not has_mps:
+        raise usage_error("device 'mps' is only on Macs with Apple silicon; use --device cpu")
+    return name
+
+
+def pick_precision(name: str, *, on_card: bool, cpu_bf16: bool) -> str:
+    """``auto`` -> fp16 on a card; on a CPU bf16 where it computes in it, else fp32; a precision that is named, as it is.
+
+    fp16 on a CPU is refused: it is emulated there, which is slower than fp32. ``name`` has passed ``config.check_machine``.
+    Raises UserError (usage).
+    """
+    if name == "fp16" and not on_card:
+        raise usage_error("precision fp16 needs a graphics card, a CPU is slower with it than with fp32; choose bf16 or fp32")
+    if name != "auto":
+        return name
+    return "fp16" if on_card else "bf16" if cpu_bf16 else "fp32"
 
 
 def total_memory_bytes(meminfo: str | None = None) -> int:

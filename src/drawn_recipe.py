@@ -1,14 +1,16 @@
-"""Collect what a picture was drawn from and on into its recipe, as the text chunks that the picture carries."""
+"""Collect what a picture was drawn from and on into its recipe."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from src import files, optimizations
-from src.recipe import LoraRef, ModelRef, PictureRef, Recipe, to_text_chunks
+from src.config import GenerationConfig
+from src.recipe import LoraRef, ModelRef, PictureRef, Recipe
 from src.request import PictureRequest
 from src.schedulers import find_sampler
 from src.version import VERSION
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
     from src.base_models import LoadedModel
     from src.config import AppConfig
-    from src.lora import Adapter, LoraReport
+    from src.lora_shelf import Attached
     from src.memory_plan import Plan
 
 STACK = ("torch", "diffusers", "transformers", "safetensors")
@@ -28,25 +30,24 @@ def describe_picture(
     model: LoadedModel,
     weights_sha256: str,
     request: PictureRequest,
-    seed: int,
-    prompt: str,
-    loras: Sequence[tuple[Adapter, float, LoraReport]],
+    attached: Sequence[Attached],
     plan: Plan,
     config: AppConfig,
-    seconds: float,
-) -> dict[str, str]:
-    """The text chunks of one picture; ``loras`` are the adapters in use, their weights and what they matched."""
-    choice = find_sampler(request.scheduler)
-    drawn = Recipe(
+    time_s: float,
+) -> Recipe:
+    """The recipe of one picture; ``request`` is that picture's own: its seed, its prompt with wildcards filled in."""
+    configured = {name: section for name, section in config.to_dict().items() if name != "paths"}
+    configured["generation"] = {item.name: getattr(request, item.name) for item in fields(GenerationConfig)}
+    return Recipe(
         mode=request.mode,
-        prompt=prompt,
+        prompt=request.prompt,
         negative_prompt=request.negative_prompt,
-        seed=seed,
+        seed=request.seed,
         width=request.width,
         height=request.height,
         num_inference_steps=request.num_inference_steps,
         guidance_scale=request.guidance_scale,
-        scheduler=choice.key,
+        scheduler=find_sampler(request.scheduler).key,
         clip_skip=request.clip_skip,
         prompt_weights=request.prompt_weights,
         strength=None if request.init_image is None else request.strength,
@@ -54,18 +55,21 @@ def describe_picture(
         mask=_picture_ref(request.mask_image),
         model=ModelRef(model.name, model.family, weights_sha256),
         vae=ModelRef(model.vae_name, model.family, None) if model.vae_name else None,
-        loras=tuple(LoraRef(item.name, weight, item.sha256, report.matched, report.total) for item, weight, report in loras),
+        loras=tuple(_lora_ref(item) for item in attached),
         precision=model.precision,
         device=model.device_name,
         memory_plan=plan.placement.name,
         peak_bytes=optimizations.peak_bytes(model.device),
         predicted_bytes=plan.estimate.peak_bytes,
-        time_s=round(seconds, 3),
+        time_s=round(time_s, 3),
         stack={name: version(name) for name in STACK},
-        config={name: section for name, section in config.to_dict().items() if name != "paths"},
+        config=configured,
         version=VERSION,
     )
-    return to_text_chunks(drawn, choice.sampler.label, choice.schedule_label)
+
+
+def _lora_ref(item: Attached) -> LoraRef:
+    return LoraRef(item.adapter.name, item.choice.weight, item.adapter.sha256, item.report.matched, item.report.total)
 
 
 def _picture_ref(picture: Path | Image.Image | None) -> PictureRef | None:

@@ -2,70 +2,151 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from src import devices, memory_plan, model_files, model_shapes, model_source
-from src.config import AppConfig
-from src.errors import not_found
-from src.request import PictureRequest
-from src.tensor_files import read_header
+from src.config import AppConfig, check_machine
+from src.errors import not_found, refused
+from src.memory_plan import GIB
+from src.prompts import extract_loras
+from src.request import LoraChoice, PictureRequest
+from src.tensor_files import missing, read_header, refuse_pickle
 
-GIB = 1 << 30
+
+@dataclass(frozen=True)
+class Answer:
+    """What a run would need, for a person (``text``) and for a program (``as_json``)."""
+
+    model: str
+    family: str
+    device: str  # what is drawn on, in words
+    request: memory_plan.Request
+    plan: memory_plan.Plan
+
+    def text(self) -> str:
+        """Some lines of text: what is asked, every plan with its peak, the phases of the chosen one, and notes."""
+        need = self.request
+        adapters = f", adapters {need.lora_bytes / GIB:.2f} GiB" if need.lora_bytes else ""
+        lines = [
+            f"model   {self.model} ({self.family}), {need.precision}{adapters}",
+            f"picture {need.width_px}x{need.height_px}, batch size {need.batch_size}, "
+            f"guidance {'on' if need.guidance else 'off'}",
+            f"device  {self.device}",
+            "",
+            memory_plan.table(self.plan),
+            *(f"note: {note}" for note in self.plan.notes),
+        ]
+        if self.plan.budget_bytes is None:
+            lines.append("to plan for a card that is not here, add --max-vram GB")
+        return "\n".join(lines)
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as plain values. ``budget_bytes`` is None without a card; ``plans`` are in order from fast to small."""
+        need, plan = self.request, self.plan
+        return {
+            "model": self.model, "family": self.family, "precision": need.precision, "device": self.device,
+            "width": need.width_px, "height": need.height_px, "batch_size": need.batch_size, "guidance": need.guidance,
+            "lora_bytes": need.lora_bytes, "plan": plan.placement.name, "predicted_peak_bytes": plan.estimate.peak_bytes,
+            "budget_bytes": plan.budget_bytes, "fits": plan.fits, "notes": list(plan.notes),
+            "phases": [
+                {"name": phase.name, "weights_bytes": phase.weights_bytes, "activations_bytes": phase.activations_bytes,
+                 "total_bytes": phase.total_bytes}
+                for phase in plan.estimate.phases
+            ],
+            "plans": [{"name": item.name, "predicted_peak_bytes": peak, "fits": fits} for item, peak, fits in plan.rows],
+        }  # fmt: skip
 
 
-def estimate(config: AppConfig, request: PictureRequest) -> str:
-    """Say, for the card at hand or ``max_vram_gb``, every plan with its predicted peak and which one would be taken."""
-    name, shapes = _find_shapes(config)
-    place, budget_bytes, precision = _find_place(config)
-    need = memory_plan.Request(
-        width_px=request.width or shapes.native_px, height_px=request.height or shapes.native_px,
-        batch_size=min(request.batch_size, request.num_images), guidance=request.guidance_scale > 1, precision=precision,
-        lora_bytes=sum(_size_bytes(choice.path) for choice in request.loras),
+def estimate(config: AppConfig, request: PictureRequest) -> Answer:
+    """Plan ``request`` as a run would, for the card at hand, or one with ``max_vram_gb`` where there is none.
+
+    Raises UserError for what a run would refuse before it loads weights: the device, the precision, the switches, and a
+    model, VAE or adapter that is missing or something else.
+    """
+    check_machine(config.model)
+    place = _find_place(config)
+    source, shapes = _find_model(config)
+    need = memory_plan.Request.of(
+        request, shapes.native_px, place.precision,
+        lora_bytes=memory_plan.adapter_bytes(_adapter_files(config, request), place.precision),
+        safety_checker=source.kind != "file",
     )  # fmt: skip
-    plan = memory_plan.choose(shapes, need, budget_bytes, config.optimization)
-    size = f"{need.width_px}x{need.height_px}"
-    lines = [
-        f"model   {name} ({shapes.family}), {precision}",
-        f"picture {size}, batch size {need.batch_size}, guidance {'on' if need.guidance else 'off'}",
-        f"device  {place}",
-        "",
-        memory_plan.table(plan),
-    ]
-    if budget_bytes is None:
-        lines.append("to plan for a card that is not here, add --max-vram GB")
-    return "\n".join(lines)
+    plan = memory_plan.choose(shapes, need, place.budget_bytes, config.optimization, memory_bytes=place.memory_bytes)
+    return Answer(source.name, shapes.family, place.words, need, plan)
 
 
-def _find_shapes(config: AppConfig) -> tuple[str, model_shapes.ModelShapes]:
-    """The model's name and shapes: bundled for the known models, else from its configs on disk."""
-    model = config.model
-    shapes = model_shapes.bundled_shapes(model.model_id)
-    if shapes is not None:
-        return model.model_id, shapes
-    source = model_source.resolve(model.model_id, Path(config.paths.cache), offline=False, revision=model.revision)
-    if source.kind == "file":
-        folder = model_files.architecture_folder(read_header(source.path), source.path, model.architecture)
-        return source.name, model_shapes.read_shapes(folder)
+def _find_model(config: AppConfig) -> tuple[model_source.Source, model_shapes.ModelShapes]:
+    """The model and its shapes: bundled for a known hub id, which need not be here, else from its configs on disk."""
+    model, cache = config.model, config.paths.folder("cache")
+    if model.vae:
+        vae = model_source.resolve_vae(model.vae, cache, model.offline)
+        if vae.kind == "file":
+            read_header(vae.path)
+    if model.model_id in model_shapes.BUNDLED:
+        return model_source.Source("hub", None, model.model_id), model_shapes.bundled_shapes(model.model_id)
+    checker = not config.optimization.disable_safety_checker
+    source = model_source.resolve(model.model_id, cache, model.offline, revision=model.revision, include_safety_checker=checker)
     if source.path is None:
         raise not_found(f"{model.model_id}: not on disk, and its shapes are not bundled; draw with it once, or give a folder")
-    return source.name, model_shapes.read_shapes(source.path)
+    folder = source.path
+    if source.kind == "file":
+        folder = model_files.architecture_folder(read_header(folder), folder, model.architecture)
+    return source, model_shapes.read_shapes(folder)
 
 
-def _find_place(config: AppConfig) -> tuple[str, int | None, str]:
-    """What is drawn on, in words; its memory in bytes (None: no card); and the precision used there."""
-    wanted, cap_gb = config.model, config.optimization.max_vram_gb
-    card = devices.detect_card() if wanted.device in ("auto", "cuda") else None
-    if wanted.device != "cpu" and (card is not None or cap_gb is not None):
-        precision = "fp16" if wanted.precision == "auto" else wanted.precision
-        if cap_gb is not None:
-            return f"a card with {cap_gb:g} GiB (--max-vram)", int(cap_gb * GIB), precision
-        return f"{card.name}, {card.free_bytes / GIB:.1f} of {card.total_bytes / GIB:.1f} GiB free", card.free_bytes, precision
-    precision = wanted.precision
-    if precision == "auto":
-        precision = "bf16" if devices.cpu_has_bf16() else "fp32"
-    return f"CPU, {devices.total_memory_bytes() / GIB:.1f} GiB of memory", None, precision
+@dataclass(frozen=True)
+class _Place:
+    """What is drawn on."""
+
+    words: str
+    precision: str
+    budget_bytes: int | None  # None: no card
+    memory_bytes: int | None = None  # without a card: the main memory that is free
 
 
-def _size_bytes(path: Path) -> int:
-    files = path.rglob("*.safetensors") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files)
+def _find_place(config: AppConfig) -> _Place:
+    """The card, Mac or CPU that a run would take; without a card, one with ``max_vram_gb`` where the device is ``auto``."""
+    wanted, cap_bytes = config.model, memory_plan.budget_of(config.optimization)
+    cards = devices.detect_cards()
+    device = devices.pick_device(wanted.device, card_count=len(cards), has_mps=devices.has_apple_gpu())
+    is_imagined = (wanted.device, device) == ("auto", "cpu") and cap_bytes is not None
+    precision = devices.pick_precision(
+        wanted.precision, on_card=device != "cpu" or is_imagined, cpu_bf16=devices.cpu_has_bf16()
+    )
+    if is_imagined:
+        return _Place(f"a card with {cap_bytes / GIB:g} GiB (--max-vram), which is not here", precision, cap_bytes)
+    total_bytes = devices.total_memory_bytes()
+    if device == "cpu":
+        free_bytes = devices.available_memory_bytes() or total_bytes
+        words = f"CPU, {free_bytes / GIB:.1f} of {total_bytes / GIB:.1f} GiB of memory free"
+        return _Place(words, precision, None, free_bytes)
+    if device == "mps":  # shares the machine's memory; what macOS lets it have is about this much
+        limit_bytes = total_bytes * 2 // 3
+        words = f"Apple GPU, two thirds of {total_bytes / GIB:.1f} GiB of memory"
+    else:
+        card = cards[int(device.partition(":")[2] or 0)]
+        limit_bytes = card.free_bytes
+        words = f"{card.name}, {limit_bytes / GIB:.1f} of {card.total_bytes / GIB:.1f} GiB free"
+    if cap_bytes is not None and cap_bytes < limit_bytes:
+        return _Place(f"{words}, planned for {cap_bytes / GIB:g} (--max-vram)", precision, cap_bytes)
+    return _Place(words, precision, limit_bytes)
+
+
+def _adapter_files(config: AppConfig, request: PictureRequest) -> list[Path]:
+    """The files of all adapters, those that the prompt names included; refused when their tensors are no LoRA's."""
+    named = (LoraChoice.named(config.paths.folder("lora"), tag.name) for tag in extract_loras(request.prompt)[1])
+    files: list[Path] = []
+    for path in (choice.path for choice in (*request.loras, *named)):
+        refuse_pickle(path)
+        if not path.exists():
+            raise missing(path)
+        found = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+        if not found:
+            raise not_found(f"{path}: holds no LoRA (.safetensors); check the path")
+        for file in found:
+            if not any("lora" in name for name in read_header(file).tensors):
+                raise refused(f"{file}: belongs to no LoRA format that is read (diffusers, PEFT, kohya); name a LoRA file")
+        files += found
+    return files

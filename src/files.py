@@ -176,7 +176,8 @@ def sha256_of(path: Path, cache: Path | None = None) -> str:
     if cache and settled and [after.st_size, after.st_mtime_ns] == stamp:
         # Read again, because another process may have added its own while this one was hashing.
         entries = _read_hashes(cache) | {str(real): [*stamp, digest.hexdigest()]}
-        with contextlib.suppress(UserError):  # a cache that cannot be written costs time, not the answer
+        with contextlib.suppress(UserError, OSError):  # a cache that cannot be written costs time, not the answer
+            cache.parent.mkdir(parents=True, exist_ok=True)
             publish_bytes(cache, json.dumps(entries, indent=1).encode())
     return digest.hexdigest()
 

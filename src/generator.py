@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,19 +9,22 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from PIL import Image
 
-from src import base_models, conditioning, denoising, files, images, memory_plan, optimizations, prompts
-from src.config import AppConfig
+from src import base_models, conditioning, denoising, files, images, memory_plan, model_shapes, optimizations, prompts
+from src.config import AppConfig, ModelConfig
 from src.drawn_recipe import describe_picture
-from src.errors import usage_error
-from src.lora import Adapter, AdapterStack, LoraReport, read_adapter
+from src.errors import ExitCode, UserError, usage_error
+from src.lora import AdapterStack, LoraReport
+from src.lora_shelf import LoraShelf, last_of_each
+from src.recipe import to_text_chunks
 from src.request import MAX_SEED, LoraChoice, PictureRequest
 from src.schedulers import build_scheduler, find_sampler
 
-KEPT_ADAPTERS = 4  # read adapters that stay in memory when they are not in use, so that swapping back is instant
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,7 @@ class Task:
     seed: int
     prompt: str  # as recorded, <lora:...> kept
     text: str  # as encoded, <lora:...> taken out
+    negative: str
     loras: tuple[LoraChoice, ...]
     conditioning: conditioning.Conditioning
 
@@ -71,60 +74,93 @@ class TextToImageGenerator:
     # -- model
 
     def load_model(self) -> None:
-        """Load the configured model and place it by a memory plan. Raises UserError."""
+        """Load the configured model and place it by a memory plan; loaded adapters are kept. Raises UserError."""
+        loras = self._loras
         self.unload()
         started = time.monotonic()
         self._model = model = base_models.load(self.config)
-        self._adapters = AdapterStack(model.pipeline, model.family)
+        self._loaded_from = replace(self.config.model)
+        self._shapes = model_shapes.read_shapes(model.config_folder)
+        self._shelf = LoraShelf(AdapterStack(model.pipeline, model.family), self.say)
         self._budget_bytes = optimizations.memory_budget(model.device, self.config.optimization)
-        self.say(
-            f"model   {model.name} ({model.family}), {model.precision} on {model.device}, {time.monotonic() - started:.1f} s"
-        )
-        self._place(PictureRequest.from_config(self.config.generation, prompt="-"))
+        seconds = time.monotonic() - started
+        self.say(f"model   {model.name} ({model.family}), {model.precision} on {model.device}, {seconds:.1f} s")
+        request = PictureRequest.from_config(self.config.generation, prompt="-")
+        self._within_memory(request, lambda: self._place(request))
+        self.set_loras(loras)
 
     def unload(self) -> None:
         """Free the model, its adapters and the memory they held."""
         self._forget()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    def weights_sha256(self) -> str:
-        """SHA-256 of the model's weights (the U-Net's file, or the single file); read once, then remembered on disk."""
-        return files.sha256_of(self.model.weights_path, Path(self.config.paths.cache) / "hashes.json")
+        optimizations.free_memory()
 
     @property
     def model(self) -> base_models.LoadedModel:
-        """The loaded model; loaded now, if it is not yet."""
-        if self._model is None:
+        """The configured model; loaded now, if it is not yet, or if ``config.model`` has changed since."""
+        if self._model is None or self._loaded_from != self.config.model:
             self.load_model()
         return self._model
 
+    def weights_sha256(self) -> str:
+        """SHA-256 of the model's weights (the U-Net's file, or the single file)."""
+        if self._weights_sha256 is None:
+            self._weights_sha256 = files.sha256_of(self.model.weights_path, self.config.paths.folder("cache") / "hashes.json")
+        return self._weights_sha256
+
     def _forget(self) -> None:
         self._model: base_models.LoadedModel | None = None
-        self._adapters: AdapterStack | None = None
+        self._loaded_from: ModelConfig | None = None
+        self._weights_sha256: str | None = None
+        self._shapes: model_shapes.ModelShapes | None = None
         self._plan: memory_plan.Plan | None = None
         self._budget_bytes: int | None = None
-        self._loras: tuple[LoraChoice, ...] = ()  # loaded to stay
-        self._in_use: tuple[LoraChoice, ...] = ()  # attached right now
-        self._reports: tuple[LoraReport, ...] = ()
-        self._read_adapters: dict[tuple[Path, int], Adapter] = {}
+        self._shelf: LoraShelf | None = None
+        self._loras: tuple[LoraChoice, ...] = ()  # loaded to stay; the shelf knows what is in use right now
+
+    # -- memory
 
     def _place(self, request: PictureRequest) -> None:
         """Choose a memory plan for the request's size and apply it, if it is another one than now."""
-        model, options = self.model, self.config.optimization
-        need = memory_plan.Request(
-            width_px=request.width or model.native_size_px,
-            height_px=request.height or model.native_size_px,
-            batch_size=min(request.batch_size, request.num_images),
-            guidance=request.guidance_scale > 1,
-            precision=model.precision,
+        model, options = self._model, self.config.optimization
+        lora_files = (file for item in self._shelf.attached for file in item.adapter.files)
+        lora_bytes = memory_plan.adapter_bytes(lora_files, model.precision)
+        has_checker = getattr(model.pipeline, "safety_checker", None) is not None
+        need = memory_plan.Request.of(
+            request, model.native_size_px, model.precision, lora_bytes=lora_bytes, safety_checker=has_checker
         )
-        plan = memory_plan.choose(memory_plan.read_shapes(model.config_folder), need, self._budget_bytes, options)
-        if self._plan is None or plan.placement != self._plan.placement:
-            optimizations.apply(model.pipeline, plan.placement, options, model.device)
+        plan = memory_plan.choose(self._shapes, need, self._budget_bytes, options)
+        before, self._plan = self._plan, plan
+        if before is None or plan.placement != before.placement:
             self.say(f"plan    {memory_plan.describe(plan)}")
-        self._plan = plan
+            for note in plan.notes:
+                self.say(f"plan    {note}")
+            if options.enable_torch_compile:
+                self.say("compile the U-Net is compiled at the first step, which takes up to minutes")
+            optimizations.apply(model.pipeline, plan.placement, options, model.device)
+
+    def _within_memory(self, request: PictureRequest, action: Callable[[], Result]) -> Result:
+        """Do something; when memory runs out, step down to a smaller plan and do it again: same seeds, same picture."""
+        while True:
+            try:
+                return action()
+            except (MemoryError, RuntimeError) as error:
+                if not optimizations.is_out_of_memory(error):
+                    raise
+            # Outside of the except block: inside, the error's frames would keep the tensors that filled the memory.
+            self._step_down(request)
+
+    def _step_down(self, request: PictureRequest) -> None:
+        """Plan for less than the plan that failed. Raises UserError (out of memory) when there is no smaller one."""
+        optimizations.free_memory()
+        failed = self._plan
+        if self._budget_bytes is not None:
+            self._budget_bytes = min(self._budget_bytes, failed.estimate.peak_bytes - 1)
+            self.say(f"memory  ran out with plan {failed.placement.name}; trying a smaller one")
+            self._place(request)
+        if self._plan.placement == failed.placement:
+            size = f"{request.width or self._model.native_size_px}x{request.height or self._model.native_size_px}"
+            wanted = f"{size}, batch size {request.batch_size}, plan {failed.placement.name}"
+            raise UserError(f"out of memory ({wanted}); use --batch-size 1 or a smaller size", ExitCode.OUT_OF_MEMORY)
 
     # -- adapters
 
@@ -134,40 +170,23 @@ class TextToImageGenerator:
         Returns what was matched. Raises UserError for an adapter that is missing, damaged, of another model family,
         or (unless ``allow_partial`` is set) fits only in part; the adapters loaded before stay as they were.
         """
-        choice = LoraChoice(Path(path).expanduser(), scale)
-        return self.set_loras([*(item for item in self._loras if item.path != choice.path), choice])[-1]
+        return self.set_loras([*self._loras, LoraChoice(Path(path).expanduser(), scale)])[-1]
 
     def unload_lora_weights(self) -> None:
         """Take all adapters off: the base's output is back, bit for bit."""
         self.set_loras([])
 
     def set_loras(self, choices: Sequence[LoraChoice]) -> list[LoraReport]:
-        """Make exactly these the loaded adapters. Returns a report for each."""
-        self._use(tuple(choices))
-        self._loras = tuple(choices)
-        return list(self._reports)
+        """Make exactly these the loaded adapters; of one that is named twice the last counts. Returns their reports."""
+        if choices or self._loras:
+            self._use(last_of_each(choices))
+        self._loras = last_of_each(choices)
+        return [item.report for item in self._shelf.attached] if self._loras else []
 
     def _use(self, choices: tuple[LoraChoice, ...]) -> None:
-        """Attach exactly these adapters; those that were not in use before are reported."""
+        """Attach exactly these adapters to the model."""
         self.model  # noqa: B018 - there must be something to attach to
-        if choices == self._in_use:
-            return
-        adapters = [(self._read_adapter(choice.path), choice.weight) for choice in choices]
-        self._reports = tuple(self._adapters.set(adapters, allow_partial=self.allow_partial))
-        before = {choice.path for choice in self._in_use}
-        for choice, report in zip(choices, self._reports):
-            if choice.path not in before:
-                self.say(f"lora    {report.line()}, weight {choice.weight:g}")
-        self._in_use = choices
-
-    def _read_adapter(self, path: Path) -> Adapter:
-        """Read an adapter once, and again when its file has changed."""
-        key = (path, path.stat().st_mtime_ns if path.exists() else 0)
-        adapter = self._read_adapters.pop(key, None) or read_adapter(path)
-        self._read_adapters[key] = adapter  # the newest last
-        for old in list(self._read_adapters)[:-KEPT_ADAPTERS]:
-            del self._read_adapters[old]
-        return adapter
+        self._shelf.use(choices, self.allow_partial)
 
     # -- pictures
 
@@ -195,73 +214,64 @@ class TextToImageGenerator:
         Each picture carries its recipe in ``image.info`` ("parameters" as A1111 writes it, "recipe" as JSON), which
         ``save_images`` stores. Picture i has the seed ``seed + i`` and is the same at any ``batch_size``.
         """
-        settings = {name: value for name, value in locals().items() if name not in ("self", "prompt", "on_step")}
-        for name in ("init_image", "mask_image"):
-            settings[name] = Path(settings[name]) if isinstance(settings[name], str) else settings[name]
-        return list(self.draw(PictureRequest.from_config(self.config.generation, prompt, **settings), on_step))
+        request = PictureRequest.from_config(
+            self.config.generation, prompt, negative_prompt=negative_prompt, width=width, height=height,
+            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=seed, num_images=num_images,
+            batch_size=batch_size, scheduler=scheduler, clip_skip=clip_skip, init_image=init_image, mask_image=mask_image,
+            strength=strength,
+        )  # fmt: skip
+        return list(self.draw(request, on_step))
 
     def draw(self, request: PictureRequest, on_step: Callable[[Step], None] | None = None) -> Iterator[Image.Image]:
         """Draw a request's pictures and yield each as soon as it is finished; a seed of None is drawn and set.
 
-        Adapters named in the prompt or the request come on top of the loaded ones, for this request only.
+        Adapters named in the request or its prompt come on top of the loaded ones, for this request only.
         """
         request.check()
         if request.seed is None:
             request.seed = secrets.randbelow(MAX_SEED + 1)
-        try:
-            with optimizations.memory_errors(request):
-                yield from self._draw(request, on_step)
-        finally:
-            if self._model is not None:
-                self._use(self._loras)
+        model = self.model
+        if model.pipeline.unet.config.in_channels == 9 and request.mode != "inpaint":
+            raise usage_error(f"{model.name} is an inpainting model; give it a picture with --init-image and a --mask")
+        start, (width_px, height_px) = self._read_start(request)
+        request = replace(request, width=width_px, height=height_px)
+        self._within_memory(request, lambda: self._place(request))
+        done = 0
+        for batch in self._batches(request):
+            report = None if on_step is None else partial(_report_step, on_step, done, len(batch))
+            yield from self._draw_batch(request, batch, start, report)
+            done += len(batch)
 
     def preview(self, latents: torch.Tensor) -> list[Image.Image]:
-        """Latents (B, 4, h, w), such as ``Step.latents()`` gives -> small pictures of what is becoming of them."""
+        """Latents (B, 4, h, w), such as ``Step.latents()`` gives -> small pictures of what is becoming of them.
+
+        Empty where the estimate is still beyond the VAE's range.
+        """
         pipeline = self.model.pipeline
-        return denoising.preview(pipeline.vae, latents, pipeline._execution_device)
+        try:
+            return denoising.preview(pipeline.vae, latents, pipeline._execution_device)
+        except denoising.NotFinite:
+            return []
 
     def save_images(
         self, pictures: Sequence[Image.Image], prefix: str | None = None, output_dir: str | Path | None = None
     ) -> list[Path]:
         """Save as ``PREFIX_YYYYMMDD_HHMMSS_NNN.png``, recipe included; never over another file. Returns the paths."""
-        folder = files.check_writable_folder(Path(output_dir or self.config.paths.outputs))
+        if isinstance(pictures, Image.Image):
+            pictures = [pictures]
+        folder = Path(output_dir).expanduser() if output_dir else self.config.paths.folder("outputs")
+        files.check_writable_folder(folder)
         stem = f"{prefix or self.config.paths.prefix}_{datetime.now():%Y%m%d_%H%M%S}"
         return [images.save_picture(picture, folder, stem, index) for index, picture in enumerate(pictures)]
 
-    def _draw(self, request: PictureRequest, on_step: Callable[[Step], None] | None) -> Iterator[Image.Image]:
-        model = self.model
-        if model.pipeline.unet.config.in_channels == 9 and request.mode != "inpaint":
-            raise usage_error(f"{model.name} is an inpainting model; give it a picture with --init-image and a --mask")
-        start = self._read_start(request)
-        request = replace(request, width=request.width or model.native_size_px, height=request.height or model.native_size_px)
-        self._place(request)
-        done = 0
-        for batch in self._batches(request):
-            started = time.monotonic()
-            optimizations.reset_peak(model.device)
-            latents = self._denoise(request, batch, start, on_step and partial(_report_step, on_step, done, len(batch)))
-            for task, latent in zip(batch, latents):
-                picture = self._decode(latent[None])
-                if start is not None and start.mask is not None:
-                    picture = denoising.keep_outside_mask(picture, start)
-                seconds = (time.monotonic() - started) / len(batch)
-                loras = [
-                    (self._read_adapter(choice.path), choice.weight, report)
-                    for choice, report in zip(task.loras, self._reports)
-                ]
-                picture.info = describe_picture(
-                    model, self.weights_sha256(), request, task.seed, task.prompt, loras, self._plan, self.config, seconds
-                )
-                picture.info["time_s"] = seconds
-                done += 1
-                yield picture
-
     def _batches(self, request: PictureRequest) -> Iterator[list[Task]]:
         """The request's pictures in batches of at most ``batch_size`` that can be drawn together."""
+        # For a U-Net of 9 channels diffusers encodes the picture once, with the first seed: each must be the first.
+        limit = 1 if self.model.pipeline.unet.config.in_channels == 9 else request.batch_size
         batch: list[Task] = []
         for index in range(request.num_images):
             task = self._plan_task(request, request.seed_of(index), batch[-1] if batch else None)
-            if batch and (len(batch) == request.batch_size or not task.fits_beside(batch[0])):
+            if batch and (len(batch) == limit or not task.fits_beside(batch[0])):
                 yield batch
                 batch = []
             batch.append(task)
@@ -269,70 +279,104 @@ class TextToImageGenerator:
 
     def _plan_task(self, request: PictureRequest, seed: int, before: Task | None) -> Task:
         """Fill in wildcards, find the adapters, and encode, unless the picture before has the same text and adapters."""
-        prompt = prompts.expand_wildcards(prompts.clean_prompt(request.prompt), seed, Path(self.config.paths.wildcards))
+        prompt, negative = prompts.clean_prompt(request.prompt), prompts.clean_prompt(request.negative_prompt)
+        if request.wildcards:
+            folder = self.config.paths.folder("wildcards")
+            prompt, negative = (prompts.expand_wildcards(text, seed, folder) for text in (prompt, negative))
         text, tags = prompts.extract_loras(prompt)
-        named = (LoraChoice.named(Path(self.config.paths.lora), tag.name, tag.weight) for tag in tags)
-        loras = (*self._loras, *request.loras, *named)
-        if before is not None and (before.text, before.loras) == (text, loras):
+        named = [LoraChoice.named(self.config.paths.folder("lora"), tag.name, tag.weight) for tag in tags]
+        loras = last_of_each([*self._loras, *request.loras, *named])
+        if before is not None and (before.text, before.negative, before.loras) == (text, negative, loras):
             return replace(before, seed=seed, prompt=prompt)
         self._use(loras)  # adapters change the text encoders, too
-        negative = prompts.clean_prompt(request.negative_prompt)
-        encoded = conditioning.encode(
-            self.model.pipeline, text, negative, clip_skip=request.clip_skip, weighted=request.prompt_weights
-        )
-        return Task(seed, prompt, text, loras, encoded)
+        options = {"clip_skip": request.clip_skip, "weighted": request.prompt_weights}
+        encoded = self._within_memory(request, lambda: conditioning.encode(self._model.pipeline, text, negative, **options))
+        return Task(seed, prompt, text, negative, loras, encoded)
+
+    def _draw_batch(
+        self, request: PictureRequest, batch: list[Task], start: denoising.Start | None, report: denoising.StepCallback | None
+    ) -> Iterator[Image.Image]:
+        """Draw one batch and yield its pictures with their recipes."""
+        self._use(batch[0].loras)
+        model, attached, started = self._model, self._shelf.attached, time.monotonic()
+        optimizations.reset_peak(model.device)
+        latents = self._within_memory(request, lambda: self._denoise(request, batch, start, report))
+        seconds = (time.monotonic() - started) / len(batch)
+        for task, latent in zip(batch, latents):
+            started = time.monotonic()
+            picture = self._within_memory(request, lambda latent=latent: self._decode(latent[None]))
+            if start is not None and start.mask is not None:
+                picture = denoising.keep_outside_mask(picture, start)
+            own = replace(request, seed=task.seed, prompt=task.prompt, negative_prompt=task.negative)
+            time_s = seconds + time.monotonic() - started
+            drawn = describe_picture(model, self.weights_sha256(), own, attached, self._plan, self.config, time_s)
+            choice = find_sampler(request.scheduler)
+            picture.info = to_text_chunks(drawn, choice.sampler.label, choice.schedule_label) | {"drawn": drawn}
+            yield picture
 
     def _denoise(
         self, request: PictureRequest, batch: list[Task], start: denoising.Start | None, report: denoising.StepCallback | None
     ) -> torch.Tensor:
         """One batch through the U-Net: latents (B, 4, h, w)."""
-        model = self.model
-        self._use(batch[0].loras)
+        model = self._model
         model.pipeline.scheduler = build_scheduler(find_sampler(request.scheduler), model.scheduler_config)
-        sources = denoising.generators([task.seed for task in batch])
+        conditionings = [task.conditioning for task in batch]
+
+        def run() -> torch.Tensor:
+            sources = denoising.generators([task.seed for task in batch])
+            return denoising.denoise(model.pipeline, request, conditionings, sources, start, report)
+
         try:
-            return denoising.denoise(model.pipeline, request, [task.conditioning for task in batch], sources, start, report)
+            return self._with_larger_vae(run) if start is not None else run()
         except denoising.NotFinite as error:
             raise denoising.explain_not_finite(error, model.precision) from None
+        finally:
+            model.pipeline.maybe_free_model_hooks()  # under model offload, what ran last would stay on the card
 
     def _decode(self, latents: torch.Tensor) -> Image.Image:
-        """Latents (1, 4, h, w) -> a picture; once more in fp32 when the VAE's precision was too small for it."""
-        pipeline = self.model.pipeline
+        """Latents (1, 4, h, w) -> a picture."""
+        pipeline = self._model.pipeline
         try:
-            pixels = denoising.decode(pipeline.vae, latents)
+            pixels = self._with_larger_vae(lambda: denoising.decode(pipeline.vae, latents))
         except denoising.NotFinite as error:
-            if pipeline.vae.dtype == torch.float32:
-                raise denoising.explain_not_finite(error, "fp32") from None
-            self.say("vae     its output held no numbers in this precision; decoding again in fp32")
-            optimizations.use_float32_vae(pipeline, self._plan.placement, self.config.optimization, self.model.device)
-            pixels = denoising.decode(pipeline.vae, latents)
+            raise denoising.explain_not_finite(error, "fp32") from None
+        finally:
+            pipeline.maybe_free_model_hooks()
         if denoising.is_flagged(pipeline, pixels):
             self.say("safety  the model's checker blacked this picture out; --no-safety-checker draws without it")
             pixels = torch.zeros_like(pixels)
         return denoising.to_picture(pixels)
 
-    def _read_start(self, request: PictureRequest) -> denoising.Start | None:
-        """Read the picture and mask to start from, and set the request's size to the picture's where none is given."""
+    def _with_larger_vae(self, action: Callable[[], Result]) -> Result:
+        """Do something with the VAE, and once more in fp32 when its precision was too small: what came out was no number."""
+        vae = self._model.pipeline.vae
+        try:
+            return action()
+        except denoising.VaeNotFinite:
+            if vae.dtype == torch.float32:
+                raise
+        self.say("vae     its output held no numbers in this precision; going on in fp32")
+        optimizations.use_float32_vae(self._model.pipeline, self._plan.placement, self.config.optimization, self._model.device)
+        return action()
+
+    def _read_start(self, request: PictureRequest) -> tuple[denoising.Start | None, tuple[int, int]]:
+        """The picture and mask to start from, if any, and the size to draw: as asked, the picture's, or the model's own."""
+        native_px = self._model.native_size_px
         if request.init_image is None:
-            return None
-        picture = (
-            images.read_image(request.init_image) if isinstance(request.init_image, Path) else request.init_image.convert("RGB")
+            return None, (request.width or native_px, request.height or native_px)
+        picture, mask = (
+            read(image) if isinstance(image, Path) else image
+            for read, image in ((images.read_image, request.init_image), (images.read_mask, request.mask_image))
         )
-        mask = images.read_mask(request.mask_image) if isinstance(request.mask_image, Path) else request.mask_image
-        width_px, height_px = fitting_size(picture.size, self.model.native_size_px)
-        request.width, request.height = request.width or width_px, request.height or height_px
-        size_px = (request.width, request.height)
+        if mask is not None and mask.width * picture.height != mask.height * picture.width:
+            sizes = f"{mask.width}x{mask.height}, the picture {picture.width}x{picture.height}"
+            raise usage_error(f"the mask is {sizes}: not of the same shape; draw the mask over the picture itself")
+        width_px, height_px = images.fitting_size(picture.size, native_px)
+        size_px = (request.width or width_px, request.height or height_px)
         if picture.size != size_px:
             self.say(f"start   {picture.width}x{picture.height} picture scaled and cropped to {size_px[0]}x{size_px[1]}")
-        return denoising.Start(images.fit_to(picture, *size_px), images.fit_to(mask.convert("L"), *size_px) if mask else None)
-
-
-def fitting_size(picture_px: tuple[int, int], native_px: int) -> tuple[int, int]:
-    """The size to draw over a picture: its own, or, above twice the model's native area, scaled down to that area."""
-    width_px, height_px = picture_px
-    scale = min(1.0, (2 * native_px**2 / (width_px * height_px)) ** 0.5)
-    width_px, height_px = (max(64, round(side * scale / 8) * 8) for side in (width_px, height_px))
-    return width_px, height_px
+        fitted = images.fit_to(picture.convert("RGB"), *size_px)
+        return denoising.Start(fitted, images.fit_to(mask.convert("L"), *size_px) if mask is not None else None), size_px
 
 
 def _report_step(

@@ -92,6 +92,14 @@ def fit_to(image: Image.Image, width_px: int, height_px: int) -> Image.Image:
     return ImageOps.fit(image, (width_px, height_px), Image.Resampling.LANCZOS)
 
 
+def fitting_size(picture_px: tuple[int, int], native_px: int) -> tuple[int, int]:
+    """The size to draw over a picture: its own, or, above twice the model's native area, scaled down to that area."""
+    width_px, height_px = picture_px
+    scale = min(1.0, (2 * native_px**2 / (width_px * height_px)) ** 0.5)
+    width_px, height_px = (max(64, round(side * scale / 8) * 8) for side in (width_px, height_px))
+    return width_px, height_px
+
+
 def encode_png(image: Image.Image, text: dict[str, str]) -> bytes:
     """Return ``image`` as a PNG file with ``text`` in its chunks: tEXt where Latin-1 suffices, else UTF-8 in iTXt.
 

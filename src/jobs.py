@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -31,13 +31,19 @@ def read_job_lines(source: str, stdin: TextIO) -> list[JobLine]:
 
     Raises UserError: not found; refused for what is not a file, not UTF-8 (line and byte are named) or over 64 MiB.
     """
-    name = "standard input" if source == STDIN else source
+    name = source_name(source)
     data = _read_stdin(stdin) if source == STDIN else _read_file(Path(source), MAX_JOB_FILE_BYTES + 1)
     if len(data) > MAX_JOB_FILE_BYTES:
         raise refused(f"{name}: larger than {MAX_JOB_FILE_BYTES >> 20} MiB; split it into several job files")
-    lines = decode_utf8(data, name).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    step = "send it as UTF-8" if source == STDIN else "save the file as UTF-8"
+    lines = decode_utf8(data, name, step).replace("\r\n", "\n").replace("\r", "\n").split("\n")
     stripped = (JobLine(number, line.strip()) for number, line in enumerate(lines, start=1))
     return [line for line in stripped if line.text and not line.text.startswith("#")]
+
+
+def source_name(source: str) -> str:
+    """What people call a job file: its path, or "standard input" for "-"."""
+    return "standard input" if source == STDIN else source
 
 
 def _read_stdin(stdin: TextIO) -> bytes:
@@ -57,12 +63,13 @@ def _read_file(path: Path, size: int = -1) -> bytes:
         raise refused(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
 
 
-def split_flags(text: str) -> list[str] | None:
-    """Split a job line that begins with ``--`` as a shell would; None for a bare prompt.
+def split_flags(text: str, short_flags: Collection[str] = ()) -> list[str] | None:
+    """Split a job line that begins with ``--`` or one of ``short_flags`` as a shell would; None for a bare prompt.
 
     Within double quotes ``\\(`` stays as it is. Raises UserError (usage) for a quote that is not closed.
     """
-    if not text.startswith("--"):
+    first_word = text.split(maxsplit=1)[0] if text else ""
+    if not text.startswith("--") and first_word.partition("=")[0] not in short_flags:
         return None
     try:
         return shlex.split(text)

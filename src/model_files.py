@@ -13,12 +13,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
-from src.config import PRESETS_FOLDER
+from src.config import PRESETS_FOLDER, PROJECT_FOLDER
 from src.errors import UserError, not_found, refused
 from src.tensor_files import Header, quoted, read_header
 
 Family = Literal["SD1", "SD2", "SDXL"]
 
+EMBEDDED = PROJECT_FOLDER / "models" / "embedded"  # the model that is shipped
 ARCHITECTURES = PRESETS_FOLDER / "architectures"  # component configs without weights, for single files
 SUPPORTED = "supported are Stable Diffusion 1.5, 2.1 and SDXL"
 MAX_JSON_BYTES = 1 << 20
@@ -82,7 +83,7 @@ def check_folder(folder: Path, include_safety_checker: bool = True) -> dict[str,
 
 def read_components(folder: Path, include_safety_checker: bool = True) -> dict[str, str]:
     """Read ``model_index.json``: component -> class name, without those that are null. Every class is on our lists."""
-    index = read_json(folder / "model_index.json", "so it is no diffusers model folder")
+    index = read_json(folder / "model_index.json", "so it is no model; name a folder with one, or a .safetensors file")
     pipeline = index.get("_class_name")
     if not isinstance(pipeline, str):
         raise refused(f"{folder}: its pipeline is code of its own ({quoted(str(pipeline))}), which is never run")
@@ -153,7 +154,8 @@ def vae_folder(folder: Path) -> Path:
 
 def check_vae_config(folder: Path) -> None:
     """Refuse a folder whose ``config.json`` is not that of an AutoencoderKL."""
-    kind = read_json(folder / "config.json", "so it is no VAE's folder").get("_class_name")
+    config = read_json(folder / "config.json", "so it is no VAE; name a folder with one, or a .safetensors file")
+    kind = config.get("_class_name")
     if kind not in CLASSES["vae"]:
         raise refused(f"{folder}: holds a {quoted(str(kind))}, not the AutoencoderKL that is needed; {SUPPORTED}")
 
@@ -162,7 +164,7 @@ def family_of(path: Path) -> Family:
     """The family of a model folder or single file, from its U-Net's configuration or its tensors' names and shapes."""
     if not path.is_dir():
         return family_of_header(read_header(path), path)
-    config = read_json(path / "unet" / "config.json", "so the model is incomplete")
+    config = read_json(path / "unet" / "config.json", "so the model is incomplete; take a complete copy")
     _check_in_channels(config.get("in_channels", 4), path)
     if config.get("addition_embed_type") == "text_time":
         return "SDXL"
@@ -234,7 +236,8 @@ def architecture_hint() -> str:
 def read_json(path: Path, if_missing: str) -> dict[str, Any]:
     """Read a small JSON object. Raises UserError: not found, or refused when it is damaged or no object."""
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
     except OSError:
         raise not_found(f"{path.parent}: has no {path.name}, {if_missing}") from None
     try:

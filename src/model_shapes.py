@@ -14,19 +14,15 @@ channels-last for its tensor-core kernels. Peak of live tensors without it, fp16
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from src.config import PRESETS_FOLDER, PROJECT_FOLDER
-from src.errors import not_found, refused
+from src.errors import refused
+from src.model_files import ARCHITECTURES, EMBEDDED, Family, family_of, read_json
 
-ARCHITECTURES_FOLDER = PRESETS_FOLDER / "architectures"
-EMBEDDED_FOLDER = PROJECT_FOLDER / "models" / "embedded"
-
-BUNDLED = {  # hub id -> folder of configs/architectures
+BUNDLED = {  # hub id -> folder of ARCHITECTURES
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
     "runwayml/stable-diffusion-v1-5": "sd15",
     "CompVis/stable-diffusion-v1-4": "sd15",
@@ -42,8 +38,6 @@ BUNDLED = {  # hub id -> folder of configs/architectures
 # CompVis/stable-diffusion-safety-checker, the one that every model ships: CLIP ViT-L/14 vision tower and concept embeddings.
 SAFETY_CHECKER_PARAMETERS = 303_981_588
 
-MAX_CONFIG_BYTES = 1 << 20
-
 Config = dict[str, Any]
 
 
@@ -51,7 +45,7 @@ Config = dict[str, Any]
 class ModelShapes:
     """Sizes of a diffusers model. ``parameters`` and ``largest_layer`` are counts by component name."""
 
-    family: str  # SD1 | SD2 | SDXL
+    family: Family
     native_px: int  # side of the square picture that the model was trained on
     parameters: dict[str, int]  # unet, vae, text_encoder[_2], safety_checker
     largest_layer: dict[str, int]  # the one layer with the most parameters
@@ -70,17 +64,18 @@ def read_shapes(folder: Path) -> ModelShapes:
 
     Raises UserError (not found) for a missing config, UserError (refused) for one that is not of this family of models.
     """
-    index = _read_json(folder / "model_index.json")
+    if_missing = "so it is no whole model; take a complete copy"
+    index = read_json(folder / "model_index.json", if_missing)
     try:
         text_classes = {name: index[name][1] for name in ("text_encoder", "text_encoder_2") if _is_used(index, name)}
-        configs = {name: _read_json(folder / name / "config.json") for name in ("unet", "vae", *text_classes)}
+        configs = {name: read_json(folder / name / "config.json", if_missing) for name in ("unet", "vae", *text_classes)}
         layers = {"unet": list(_unet_layers(configs["unet"])), "vae": list(_vae_layers(configs["vae"]))}
         for name, class_name in text_classes.items():
             layers[name] = list(_text_layers(configs[name], projection=class_name == "CLIPTextModelWithProjection"))
         if _is_used(index, "safety_checker"):
             layers["safety_checker"] = [SAFETY_CHECKER_PARAMETERS]
         return ModelShapes(
-            family=_family(configs["unet"]),
+            family=family_of(folder),
             native_px=_side(configs["unet"]["sample_size"]) * 2 ** (len(configs["vae"]["block_out_channels"]) - 1),
             parameters={name: sum(counts) for name, counts in layers.items()},
             largest_layer={name: max(counts) for name, counts in layers.items()},
@@ -96,9 +91,9 @@ def read_shapes(folder: Path) -> ModelShapes:
 def bundled_shapes(model_id: str) -> ModelShapes | None:
     """Shapes of a known hub id, of a preset's name (``"sdxl"``) or of ``"embedded"``, without the model; else None."""
     if model_id == "embedded":
-        return read_shapes(EMBEDDED_FOLDER)
+        return read_shapes(EMBEDDED)
     name = BUNDLED.get(model_id, model_id)
-    return read_shapes(ARCHITECTURES_FOLDER / name) if name in BUNDLED.values() else None
+    return read_shapes(ARCHITECTURES / name) if name in BUNDLED.values() else None
 
 
 def unet_activation_bytes(unet: Config, latent_size: tuple[int, int], batch: int, element_bytes: int, workspace: bool) -> int:
@@ -133,10 +128,10 @@ def unet_activation_bytes(unet: Config, latent_size: tuple[int, int], batch: int
     return peak
 
 
-def decoder_activation_bytes(vae: Config, latent_size: tuple[int, int], batch: int, element_bytes: int, workspace: bool) -> int:
-    """Peak of live activations in one VAE decode of ``batch`` latents of ``latent_size`` (H, W), without tiling."""
+def decoder_activation_bytes(vae: Config, latent_size: tuple[int, int], element_bytes: int, workspace: bool) -> int:
+    """Peak of live activations in the VAE decode of one latent of ``latent_size`` (H, W), without tiling."""
     blocks = _decoder_blocks(vae)
-    maps = _MapBytes(latent_size, batch, element_bytes, finest_level=len(blocks) - 1)
+    maps = _MapBytes(latent_size, 1, element_bytes, finest_level=len(blocks) - 1)
     peak = 0
     current = maps(blocks[0].channels, blocks[0].level)
     for block in blocks:
@@ -337,12 +332,6 @@ def _is_used(index: Config, component: str) -> bool:
     return bool(index.get(component) and index[component][0])
 
 
-def _family(unet: Config) -> str:
-    if unet.get("addition_embed_type") == "text_time":
-        return "SDXL"
-    return "SD2" if unet.get("use_linear_projection") else "SD1"
-
-
 def _per_block(value: Any, count: int) -> list[int]:
     values = value if isinstance(value, list) else [value] * count
     if len(values) != count or not all(type(item) is int for item in values):
@@ -351,17 +340,4 @@ def _per_block(value: Any, count: int) -> list[int]:
 
 
 def _side(sample_size: Any) -> int:
-    return max(sample_size) if isinstance(sample_size, list) else int(sample_size)
-
-
-def _read_json(path: Path) -> Config:
-    try:
-        with path.open("rb") as file:
-            config = json.loads(file.read(MAX_CONFIG_BYTES))
-    except OSError as error:
-        raise not_found(f"{path}: cannot be read ({error.strerror}); is {path.parent} part of a diffusers model?") from None
-    except (ValueError, RecursionError) as error:
-        raise refused(f"{path}: not a readable JSON config ({error}); fetch the model again") from None
-    if not isinstance(config, dict):
-        raise refused(f"{path}: expected a JSON object, found {type(config).__name__}; fetch the model again")
-    return config
+    return min(sample_size) if isinstance(sample_size, list) else int(sample_size)

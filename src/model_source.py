@@ -15,12 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from src.config import PROJECT_FOLDER, preset_names
+from src.config import preset_names
 from src.errors import ExitCode, UserError, not_found, refused
-from src.model_files import check_folder, vae_folder
+from src.model_files import EMBEDDED, check_folder, vae_folder
 from src.tensor_files import quoted, refuse_pickle
-
-EMBEDDED = PROJECT_FOLDER / "models" / "embedded"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -112,16 +110,19 @@ def _looks_like_path(text: str) -> bool:
 
 
 def _path_not_found(text: str, path: Path) -> UserError:
-    """Say how far the path exists, and what lies there that is spelled alike."""
+    """Say how far the path exists, and what lies there that is spelled alike or could be meant."""
     child, parent = path, path.parent
     while not parent.is_dir() and parent != parent.parent:
         child, parent = parent, parent.parent
-    entries = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
-    close = difflib.get_close_matches(child.name, entries, n=1, cutoff=0.5)
+    entries = [entry for entry in sorted(parent.glob("*")) if not entry.name.startswith(".")]
+    files = [entry.name for entry in entries if entry.suffix == ".safetensors"]
+    folders = [entry.name for entry in entries if os.path.isdir(entry)]
+    close = difflib.get_close_matches(child.name, files + folders, n=1, cutoff=0.5)
     if close:
         return not_found(f"{text}: no such file or folder; did you mean '{parent / close[0]}'?")
-    listed = f"holds {', '.join(entries[:5])}{' ...' * (len(entries) > 5)}" if entries else "is empty"
-    return not_found(f"{text}: no such file or folder; '{parent}' {listed}")
+    models = [name for name in folders if os.path.isfile(parent / name / "model_index.json")] + files
+    listed = f"'{parent}' holds {', '.join(models[:5])}{' ...' * (len(models) > 5)}; " if models else ""
+    return not_found(f"{text}: no such file or folder; {listed}check the path, or name a hub id such as owner/name")
 
 
 def _resolve_hub_id(model_id: str, cache: Path, offline: bool, revision: str | None, check: Callable[[Path], object]) -> Source:

@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
 from typing import TYPE_CHECKING
 
 import torch
 
 from src.config import OptimizationConfig
-from src.errors import ExitCode, UserError, usage_error
-from src.memory_plan import VAE_TILE_PX
+from src.errors import usage_error
+from src.memory_plan import CONTEXT_BYTES, VAE_TILE_PX, budget_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from src.memory_plan import Placement
-    from src.request import PictureRequest
 
-GIB = 1 << 30
+_OUT_OF_MEMORY_TEXTS = (
+    "out of memory",  # CUDA's own, and MPS's
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "can't allocate memory",  # torch's CPU allocator
+    "not enough memory",  # the same on Windows
+)
 
 
 def memory_budget(device: torch.device, options: OptimizationConfig) -> int | None:
-    """Bytes that a plan may use on the device: what is free now, or less if the user says so. None without a card."""
-    wanted = None if options.max_vram_gb is None else int(options.max_vram_gb * GIB)
+    """Bytes that a plan may use on the device: what is free now, or less if the user says so. None without a card.
+
+    Asking CUDA opens a context, whose memory is then no longer free; a plan counts it, so it is given back here.
+    """
+    wanted = budget_of(options)
     if device.type == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info(device)
-        return min(free_bytes, wanted or free_bytes)
+        return min(free_bytes + CONTEXT_BYTES, wanted or sys.maxsize)
     if device.type == "mps":
-        return wanted or torch.mps.recommended_max_memory()
+        return min(torch.mps.recommended_max_memory(), wanted or sys.maxsize)
     return None
 
 
@@ -38,8 +46,6 @@ def apply(pipeline: DiffusionPipeline, placement: Placement, options: Optimizati
 
     Raises UserError (usage) for a switch that this machine cannot do.
     """
-    if placement.offload and device.type == "cpu":
-        raise usage_error("CPU offload moves weights off a card, and this run draws on the CPU; leave the offload switches out")
     pipeline.remove_all_hooks()
     _set_modes(pipeline, placement, options)
     _make_vae_safe(pipeline)
@@ -51,7 +57,8 @@ def apply(pipeline: DiffusionPipeline, placement: Placement, options: Optimizati
         pipeline.enable_sequential_cpu_offload(device=device)
     else:
         pipeline.to(device)
-    if options.enable_torch_compile:
+    is_compiled = any(module._compiled_call_impl is not None for module in pipeline.unet.modules())
+    if options.enable_torch_compile and not is_compiled:
         pipeline.unet.compile_repeated_blocks()
 
 
@@ -64,22 +71,18 @@ def use_float32_vae(
     apply(pipeline, placement, options, device)
 
 
-@contextmanager
-def memory_errors(request: PictureRequest) -> Iterator[None]:
-    """Turn the many shapes of "out of memory" into one line with exit code 3."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        wanted = f"{request.width or 'native'}x{request.height or 'native'}, batch size {request.batch_size}"
-    else:
-        return
-    # Raised outside of the except block, so that no frame keeps the tensors that filled the memory.
-    raise UserError(
-        f"out of memory ({wanted}); use --batch-size 1 or a smaller size, or plan for less with --max-vram",
-        ExitCode.OUT_OF_MEMORY,
-    )
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is one of the many shapes of "out of memory", on cards and on the CPU."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in _OUT_OF_MEMORY_TEXTS)
+
+
+def free_memory() -> None:
+    """Give what nobody holds any more back to the card."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 def reset_peak(device: torch.device) -> None:
@@ -93,16 +96,10 @@ def peak_bytes(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return any(text in str(error) for text in ("can't allocate memory", "not enough memory", "MPS backend out of memory"))
-
-
 def _set_modes(pipeline: DiffusionPipeline, placement: Placement, options: OptimizationConfig) -> None:
     """VAE modes, memory layout and attention; torch's own attention kernels unless a switch asks for another."""
     vae = pipeline.vae
-    (vae.enable_slicing if placement.vae_slicing else vae.disable_slicing)()
+    (vae.enable_slicing if options.enable_vae_slicing else vae.disable_slicing)()  # decoding is one by one in any case
     (vae.enable_tiling if placement.vae_tiling else vae.disable_tiling)()
     vae.tile_sample_min_size = VAE_TILE_PX  # diffusers takes the training size: 1024 for SDXL, which would tile nothing
     vae.tile_latent_min_size = VAE_TILE_PX // 2 ** (len(vae.config.block_out_channels) - 1)

@@ -40,14 +40,14 @@ def clean_prompt(text: str) -> str:
     return _CONTROL.sub("", _SPACING.sub(" ", whole))
 
 
-def decode_utf8(data: bytes, name: str) -> str:
-    """Decode a text file, with or without a byte order mark. Raises UserError (refused) with the line and the byte."""
+def decode_utf8(data: bytes, name: str, next_step: str = "save the file as UTF-8") -> str:
+    """Decode a text, with or without a byte order mark. Raises UserError (refused) with the line, the byte, ``next_step``."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         start = error.start + (3 if data.startswith(b"\xef\xbb\xbf") else 0)  # counted behind the mark
         line = data.count(b"\n", 0, start) + 1
-        raise refused(f"{name}: line {line} is not UTF-8 (byte 0x{data[start]:02x}); save the file as UTF-8") from None
+        raise refused(f"{name}: line {line} is not UTF-8 (byte 0x{data[start]:02x}); {next_step}") from None
 
 
 # --- weights -----------------------------------------------------------------------------------------------------------
@@ -115,6 +115,20 @@ def parse_weights(prompt: str) -> list[Segment]:
     if not all(map(math.isfinite, weights)):
         raise usage_error("prompt: a weight is infinite; write weights such as (text:1.3)")
     return _merge(texts, weights)
+
+
+_SQUARE = re.compile(r"(?<!\\)\[([^\[\]{}]*)\]")
+_SCHEDULE = re.compile(r":\s*(\d+\.?\d*|\.\d+)\s*$")
+
+
+def unsupported_syntax(prompt: str) -> str | None:
+    """Name what A1111 would schedule or combine (``[from:to:0.5]``, ``[a|b]``, ``AND``) and is plain text here; else None."""
+    for match in _SQUARE.finditer(prompt):
+        if "|" in match[1] or _SCHEDULE.search(match[1]):
+            return f"'{match[0][:60]}' is drawn as text: prompts that change while drawing are not known here"
+    if re.search(r"\bAND\b", prompt):
+        return "'AND' is drawn as text: combining prompts is not known here; a comma or BREAK comes nearest"
+    return None
 
 
 def _split_breaks(text: str) -> list[str | None]:

@@ -21,6 +21,7 @@ from src.recipe_dialects import (
     Draft,
     LoraRef,
     ParsedRecipe,
+    PictureRef,
     load_object,
     read_infotext,
     read_invokeai,
@@ -40,14 +41,6 @@ MAX_CHUNK_BYTES = 64 << 10
 _MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 _FILE_SUFFIXES = (*_MODEL_SUFFIXES, ".png", ".jpg", ".jpeg", ".webp", ".json", ".yaml")
 _NOT_NAMES = {"prompt", "negative_prompt", "memory_plan", "revision"}  # may hold a slash without being a path
-
-
-@dataclass(frozen=True, slots=True)
-class PictureRef:
-    """A picture that went into this one: its file's name and SHA-256 (None if it was in memory), never where it lay."""
-
-    name: str
-    sha256: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,8 +210,8 @@ def _read_own(text: str) -> ParsedRecipe | None:
         hashes = (sha256_digits(lora.get(key)) for key in ("sha256", "tensors_sha256"))
         draft.take_lora(lora.get("name"), lora.get("weight"), *hashes)
     for key in ("init_image", "mask"):
-        if picture := _object(document.get(key)):
-            draft.notes.append(f"{key} was {shown(picture.get('name'))}, SHA-256 {shown(picture.get('sha256'))}")
+        draft.take_picture(key, _object(document.get(key)))
+    draft.take_surroundings(document.get("precision"), document.get("device"), _object(document.get("stack")).get("torch"))
     if document.get("rng") != "cpu":
         draft.notes.append(f"drawn with {shown(document.get('rng'))} noise; the picture will differ")
     known = {item.name for item in fields(Recipe)} | {"schema"}

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from src.config import PRECISIONS
+
 MODES = ("txt2img", "img2img", "inpaint")
 MAX_NOTES = 20
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -37,6 +39,23 @@ class LoraRef:
 
 
 @dataclass(frozen=True, slots=True)
+class PictureRef:
+    """A picture that went into this one: its file's name and SHA-256 (None if it was in memory), never where it lay."""
+
+    name: str
+    sha256: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a picture was drawn on; None where the writer does not say. The texts are a stranger's, checked to be printable."""
+
+    precision: str | None = None  # fp16 | bf16 | fp32
+    device: str | None = None
+    torch: str | None = None  # version
+
+
+@dataclass(frozen=True, slots=True)
 class ParsedRecipe:
     """A picture's recipe in our names; what is missing or unusable is absent from ``settings``.
 
@@ -54,6 +73,9 @@ class ParsedRecipe:
     model_sha256: str | None = None
     vae_name: str | None = None
     loras: tuple[LoraRef, ...] = ()
+    init_image: PictureRef | None = None
+    mask: PictureRef | None = None
+    drawn_on: Surroundings = Surroundings()
     notes: tuple[str, ...] = ()
 
 
@@ -133,6 +155,9 @@ class Draft:
     model_sha256: str | None = None
     vae_name: str | None = None
     loras: list[LoraRef] = field(default_factory=list)
+    init_image: PictureRef | None = None
+    mask: PictureRef | None = None
+    drawn_on: Surroundings = Surroundings()
     notes: list[str] = field(default_factory=list)
 
     @contextlib.contextmanager
@@ -159,8 +184,6 @@ class Draft:
             if mode not in MODES:
                 raise ValueError(f"{', '.join(MODES)} are known")
             self.mode = mode
-        if self.mode != "txt2img":
-            self.notes.append(f"{self.mode}: the picture that it was made from is not stored; give it again")
 
     def take_models(self, name: Any, sha256: Any, vae: Any) -> None:
         if name is not None:
@@ -174,6 +197,18 @@ class Draft:
     def take_lora(self, name: Any, weight: Any, sha256: str | None = None, tensors_sha256: str | None = None) -> None:
         with self.noting("LoRA", name):
             self.loras.append(LoraRef(_name(name), _LORA_WEIGHT(weight), sha256, tensors_sha256=tensors_sha256))
+
+    def take_picture(self, name: str, picture: Mapping[str, Any]) -> None:
+        """``name`` is init_image or mask; without a SHA-256 there is nothing to know it by."""
+        if (sha256 := sha256_digits(picture.get("sha256"))) is not None:
+            with self.noting(name, picture.get("name")):
+                setattr(self, name, PictureRef(_name(picture.get("name")), sha256))
+
+    def take_surroundings(self, precision: Any, device: Any, torch: Any) -> None:
+        texts = (
+            text if isinstance(text, str) and text.isprintable() and len(text) <= 100 else None for text in (device, torch)
+        )
+        self.drawn_on = Surroundings(precision if precision in PRECISIONS[1:] else None, *texts)
 
     def note_rest(self, label: str, names: list[str]) -> None:
         if names:
@@ -192,6 +227,9 @@ class Draft:
             self.model_sha256,
             self.vae_name,
             tuple(self.loras),
+            self.init_image,
+            self.mask,
+            self.drawn_on,
             tuple(self.notes),
         )
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import difflib
 import math
+import operator
+import os
 from dataclasses import dataclass, fields
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +22,13 @@ SIZE_STEP_PX = 8
 MIN_SIZE_PX = 64
 MAX_SIZE_PX = 8192
 MAX_SEED = 2**32 - 1  # the range that every program of the field can store
+RANDOM_SEED = -1  # A1111's spelling of "any"; None to us
+_WHOLE = {  # setting -> what people call it, its least and its greatest value
+    "num_inference_steps": ("steps", 1, 1000),
+    "num_images": ("number of pictures", 1, 100_000),
+    "batch_size": ("batch size", 1, 256),
+    "clip_skip": ("clip skip", 1, 32),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,16 +38,24 @@ class LoraChoice:
     path: Path
     weight: float = 1.0
 
+    def __post_init__(self) -> None:
+        """Take a path as text, too; raise UserError (usage) for a weight that is no finite number."""
+        _of_type("LoRA path", self.path, (str, os.PathLike), "a path")
+        object.__setattr__(self, "path", user_path(self.path))
+        object.__setattr__(self, "weight", _number("LoRA weight", self.weight))
+
     @classmethod
     def parse(cls, text: str) -> LoraChoice:
         """Read ``PATH`` or ``PATH:WEIGHT`` as typed after ``--lora``; a drive letter is no weight."""
+        if not text.strip():
+            raise usage_error("--lora is empty; give an adapter, e.g. --lora models/lora/final.safetensors:0.8")
         path, colon, weight = text.rpartition(":")
         if colon and path:
             try:
-                return cls(Path(path).expanduser(), _finite(float(weight), "--lora weight"))
+                return cls(Path(path), float(weight))
             except ValueError:
                 pass
-        return cls(Path(text).expanduser())
+        return cls(Path(text))
 
     @classmethod
     def named(cls, folder: Path, name: str, weight: float = 1.0) -> LoraChoice:
@@ -59,6 +77,7 @@ class PictureRequest(GenerationConfig):
     loras: tuple[LoraChoice, ...] = ()
     init_image: Path | Image.Image | None = None
     mask_image: Path | Image.Image | None = None
+    wildcards: bool = True  # fill in {a|b} and __name__; a prompt out of a recipe has been filled in
 
     @classmethod
     def from_config(cls, generation: GenerationConfig, prompt: str, **overrides: Any) -> PictureRequest:
@@ -83,30 +102,51 @@ class PictureRequest(GenerationConfig):
         return (self.seed + index) % (MAX_SEED + 1)
 
     def check(self) -> None:
-        """Raise UserError (usage) for what cannot be drawn: refused here, before anything is loaded."""
+        """Bring every setting to its type; raise UserError (usage) for what cannot be drawn, before anything is loaded.
+
+        Other whole numbers than ``int`` (numpy's) and paths as text are taken; a seed of -1 becomes None.
+        """
+        self._settle_types()
         if not self.prompt.strip() and self.init_image is None:
             raise usage_error('the prompt is empty; say what to draw, e.g. python main.py "a red circle"')
         for name in ("width", "height"):
             _check_size(name, getattr(self, name))
-        _check_whole("steps", self.num_inference_steps, 1, 1000)
-        _check_whole("number of pictures", self.num_images, 1, 100_000)
-        _check_whole("batch size", self.batch_size, 1, 256)
-        _check_whole("clip skip", self.clip_skip, 1, 32)
+        for name, (label, low, high) in _WHOLE.items():
+            _check_whole(label, getattr(self, name), low, high)
+        self.seed = None if self.seed == RANDOM_SEED else self.seed
         if self.seed is not None:
             _check_whole("seed", self.seed, 0, MAX_SEED)
-        if not 0 <= _finite(self.guidance_scale, "guidance scale") <= 100:
+        if not 0 <= self.guidance_scale <= 100:
             raise usage_error(
                 f"guidance scale {self.guidance_scale:g} is outside 0 to 100; 5 to 9 is usual, 1 is without guidance"
             )
         find_sampler(self.scheduler)
         self._check_pictures()
 
+    def _settle_types(self) -> None:
+        for name in ("prompt", "negative_prompt", "scheduler"):
+            _of_type(name.replace("_", " "), getattr(self, name), str, "text")
+        for name in ("prompt_weights", "wildcards"):
+            _of_type(name.replace("_", " "), getattr(self, name), bool, "true or false")
+        for name, (label, _, _) in _WHOLE.items():
+            setattr(self, name, _whole(label, getattr(self, name)))
+        for name in ("width", "height", "seed"):
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else _whole(name, value))
+        self.guidance_scale = _number("guidance scale", self.guidance_scale)
+        self.strength = _number("strength", self.strength)
+        self.loras = tuple(_of_type("loras", self.loras, (tuple, list), "a sequence of LoraChoice"))
+        for choice in self.loras:
+            _of_type("loras", choice, LoraChoice, "LoraChoice(path, weight)")
+        for name in ("init_image", "mask_image"):
+            setattr(self, name, _picture(name.replace("_", " "), getattr(self, name)))
+
     def _check_pictures(self) -> None:
         if self.mask_image is not None and self.init_image is None:
             raise usage_error("--mask says what to repaint of a picture; give the picture with --init-image FILE")
         if self.init_image is None:
             return
-        if not 0 < _finite(self.strength, "strength") <= 1:
+        if not 0 < self.strength <= 1:
             raise usage_error(f"strength {self.strength:g} is outside 0 to 1; 0.6 keeps the layout, 1 ignores the picture")
         if int(self.num_inference_steps * self.strength) < 1:
             needed = math.ceil(1 / self.strength)
@@ -115,11 +155,16 @@ class PictureRequest(GenerationConfig):
             )
 
 
+def user_path(text: str | os.PathLike[str]) -> Path:
+    """A path as a person types it: ~ is the home folder."""
+    return Path(os.path.expanduser(text))
+
+
 def _check_size(name: str, size_px: int | None) -> None:
     if size_px is None:
         return
     if not MIN_SIZE_PX <= size_px <= MAX_SIZE_PX:
-        raise usage_error(f"{name} {size_px} is outside {MIN_SIZE_PX} to {MAX_SIZE_PX} pixels")
+        raise usage_error(f"{name} {size_px} is outside {MIN_SIZE_PX} to {MAX_SIZE_PX} pixels; use one in between, e.g. 512")
     if size_px % SIZE_STEP_PX:
         below = size_px // SIZE_STEP_PX * SIZE_STEP_PX
         raise usage_error(f"{name} {size_px} is not a multiple of {SIZE_STEP_PX}; nearest: {below} or {below + SIZE_STEP_PX}")
@@ -127,10 +172,46 @@ def _check_size(name: str, size_px: int | None) -> None:
 
 def _check_whole(name: str, value: int, low: int, high: int) -> None:
     if not low <= value <= high:
-        raise usage_error(f"{name} {value} is outside {low} to {high:,}")
+        raise usage_error(f"{name} {value} is out of range; use {low} to {high:,}")
 
 
-def _finite(value: float, name: str) -> float:
-    if not math.isfinite(value):
-        raise usage_error(f"{name} {value} is not a number that can be used")
+def _of_type(name: str, value: Any, kind: type | tuple[type, ...], wanted: str) -> Any:
+    if not isinstance(value, kind):
+        raise usage_error(f"{name}: expected {wanted}, got {_shown(value)}")
     return value
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise usage_error(f"{name}: expected a whole number, got {_shown(value)}")
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise usage_error(f"{name}: expected a number, got {_shown(value)}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise usage_error(f"{name}: {_shown(value)} is not a number that can be used; use one such as 0.8")
+    return number
+
+
+def _picture(name: str, value: Any) -> Path | Image.Image | None:
+    if value is None:
+        return None
+    if isinstance(value, (str, os.PathLike)):
+        return user_path(value)
+    from PIL import Image  # here, because reading the command line must not pay for it
+
+    return _of_type(name, value, Image.Image, "a path or a PIL image")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value) if isinstance(value, (str, int, float, list, tuple, type(None))) else type(value).__name__
+    return text if len(text) <= 60 else f"{text[:57]}..."

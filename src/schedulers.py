@@ -167,7 +167,8 @@ def find_sampler(name: str) -> SamplerChoice:
 def build_scheduler(choice: SamplerChoice, model_config: Mapping[str, Any]) -> SchedulerMixin:
     """Make the sampler for a model: noise schedule and prediction type are the model's, all else the sampler's.
 
-    ``model_config`` is the config of the scheduler that the model ships with.
+    ``model_config`` is the config of the scheduler that the model ships with. What its file does not say, and diffusers
+    filled in from that class's defaults, is no fact of the model: PNDM's "leading" spacing would start Euler too late.
     """
     import inspect
 
@@ -176,7 +177,10 @@ def build_scheduler(choice: SamplerChoice, model_config: Mapping[str, Any]) -> S
     kind = getattr(diffusers, choice.sampler.class_name)
     known = inspect.signature(kind.__init__).parameters
     # Only the model's own facts: from_config() would also carry over the solver options of a foreign class of scheduler.
-    options = {name: model_config[name] for name in _MODEL_FACTS if model_config.get(name) is not None}
+    filled_in = model_config.get("_use_default_values", ())
+    options = {
+        name: model_config[name] for name in _MODEL_FACTS if model_config.get(name) is not None and name not in filled_in
+    }
     options |= choice.sampler.options
     if choice.schedule:
         options |= SCHEDULES[choice.schedule].options

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from src import files, images
 from src.errors import ExitCode, UserError
 from src.jobs import Journal
-from src.request import LoraChoice, PictureRequest
+from src.request import PictureRequest
 from src.terminal import Terminal
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from src.generator import Step, TextToImageGenerator
+
+
+FULL_SIZE_GRID = 36  # pictures up to which a contact sheet shows them in full size
+GRID_CELL_PX = 256  # beyond that: memory must not grow with the number of jobs
 
 
 @dataclass(slots=True)
@@ -49,109 +52,130 @@ class Session:
     def __init__(self, generator: TextToImageGenerator, terminal: Terminal, wishes: Wishes) -> None:
         self._generator, self._terminal, self._wishes = generator, terminal, wishes
         self._stem = f"{wishes.prefix}_{datetime.now():%Y%m%d_%H%M%S}"
-        self._saved = 0
+        self._saved = self._planned = 0
         self._steps_done = 0.0
+        self._preview_path: Path | None = None
+        self._grid: list[tuple[Image.Image, int]] = []
+
+    def has_work(self, jobs: Sequence[Job]) -> bool:
+        """Whether anything is left to draw, so that a model is worth loading."""
+        return any(job.request is not None and self._missing(job) for job in jobs)
 
     def run(self, jobs: Sequence[Job]) -> ExitCode:
         """Draw all jobs. With one job its error is raised; with several each error is reported and the rest is drawn."""
         failed = 0
-        drawable = [job.request for job in jobs if job.request is not None]
-        self._terminal.start_progress(
-            sum(item.num_images for item in drawable), max((item.num_inference_steps for item in drawable), default=1)
-        )
+        counts = [(len(self._missing(job)), job.request.num_inference_steps) for job in jobs if job.request is not None]
+        self._planned = sum(pictures for pictures, _ in counts)
+        self._terminal.start_progress(sum(pictures * steps for pictures, steps in counts))
         try:
             for job in jobs:
-                try:
-                    self._draw(job)
-                except UserError as error:
-                    if job.line is None:
-                        raise
-                    failed += 1
-                    self._terminal.error(str(error), error.exit_code, job.line)
+                failed += not self._try(job)
         finally:
             self._terminal.end_progress()
+        self._save_grid()
         if failed:
-            self._terminal.say(f"{failed} of {len(jobs)} jobs failed; the others are done")
+            others = "the others are done" if failed < len(jobs) else "nothing was drawn"
+            self._terminal.say(f"{failed} of {len(jobs)} jobs failed; {others}")
         return ExitCode.PARTLY_FAILED if failed else ExitCode.OK
+
+    def _try(self, job: Job) -> bool:
+        """Draw a job; report what goes wrong with a line of a job file, so that the others are still drawn."""
+        try:
+            self._draw(job)
+        except UserError as error:
+            if job.line is None:
+                raise
+            self._terminal.error(str(error), error.exit_code, job.line)
+            return False
+        except Exception as error:
+            if job.line is None:
+                raise
+            self._terminal.error(f"unexpected {type(error).__name__}: {error}", ExitCode.FAILURE, job.line)
+            return False
+        return True
+
+    def _finished(self, job: Job) -> dict[int, Path]:
+        """The pictures of a job that earlier runs finished, by index."""
+        journal = self._wishes.journal
+        if journal is None or job.request is None:
+            return {}
+        found = {index: journal.finished(job.id, index) for index in range(job.request.num_images)}
+        return {index: path for index, path in found.items() if path is not None}
+
+    def _missing(self, job: Job) -> list[int]:
+        finished = self._finished(job)
+        return [index for index in range(job.request.num_images) if index not in finished]
 
     def _draw(self, job: Job) -> None:
         if job.request is None:
             raise job.error or ValueError("a job holds a request or an error")
-        request, journal = job.request, self._wishes.journal
-        if request.seed is None and journal is not None:
-            request.seed = journal.seed_of(job.id)
-        finished = {}
-        if journal is not None:
-            found = {index: journal.finished(job.id, index) for index in range(request.num_images)}
-            finished = {index: path for index, path in found.items() if path is not None}
+        if job.request.seed is None and self._wishes.journal is not None:
+            job.request.seed = self._wishes.journal.seed_of(job.id)
+        finished = self._finished(job)
         for path in finished.values():
             self._terminal.skipped(path, job.line or 0)
-        drawn = []
-        for first, count in _gaps(request.num_images, finished):
-            drawn += self._draw_part(job, first, count)
-        if self._wishes.grid and len(drawn) > 1:
-            self._save_grid(drawn)
-        self._steps_done += len(finished) * request.num_inference_steps
+        for first, count in _gaps(job.request.num_images, finished):
+            self._draw_part(job, first, count)
 
-    def _draw_part(self, job: Job, first: int, count: int) -> list[tuple[Image.Image, int]]:
-        """Draw ``count`` pictures of a job from the ``first``; returns them with their seeds, if a grid needs them."""
+    def _draw_part(self, job: Job, first: int, count: int) -> None:
+        """Draw ``count`` pictures of a job from the ``first``, and save each at once."""
         request = replace(job.request, num_images=count)
         if request.seed is not None:
             request.seed = job.request.seed_of(first)
-        kept = []
         for offset, picture in enumerate(self._generator.draw(request, lambda step: self._on_step(request, step))):
             if job.request.seed is None:  # drawn by the generator just now
                 job.request.seed = request.seed
-            seed = request.seed_of(offset)
-            self._save(job, request, first + offset, seed, picture)
-            if self._wishes.grid:
-                kept.append((picture, seed))
+            self._save(job, first + offset, picture)
         self._steps_done += count * request.num_inference_steps
-        return kept
 
-    def _save(self, job: Job, request: PictureRequest, index: int, seed: int, picture: Image.Image) -> None:
-        time_s = picture.info["time_s"]
+    def _save(self, job: Job, index: int, picture: Image.Image) -> None:
+        drawn = picture.info["drawn"]
         if not self._wishes.metadata:
             picture.info = {}
         path = images.save_picture(picture, self._wishes.folder, self._stem, self._saved)
         self._saved += 1
         if self._wishes.journal is not None:
             self._wishes.journal.record(job.id, index, path, job.request.seed)
+        if self._wishes.grid:
+            self._keep_for_grid(picture, drawn.seed)
         facts = {
-            "prompt": request.prompt, "negative_prompt": request.negative_prompt, "seed": seed,
-            "width": picture.width, "height": picture.height, "steps": request.num_inference_steps,
-            "guidance_scale": request.guidance_scale, "scheduler": request.scheduler,
-            "model": self._generator.model.name, "time_s": round(time_s, 3),
+            "prompt": drawn.prompt, "negative_prompt": drawn.negative_prompt, "seed": drawn.seed, "width": drawn.width,
+            "height": drawn.height, "steps": drawn.num_inference_steps, "guidance_scale": drawn.guidance_scale,
+            "scheduler": drawn.scheduler, "model": drawn.model.name,
+            "loras": [[item.name, item.weight] for item in drawn.loras],
+            "precision": drawn.precision, "device": drawn.device, "time_s": drawn.time_s,
         }  # fmt: skip
         self._terminal.picture(path, facts if job.line is None else {"line": job.line, **facts})
 
-    def _save_grid(self, drawn: Sequence[tuple[Image.Image, int]]) -> None:
-        sheet = images.contact_sheet([picture for picture, _ in drawn], [f"seed {seed}" for _, seed in drawn])
-        path = images.save_picture(sheet, self._wishes.folder, f"{self._stem}_grid", 0)
-        self._terminal.say(f"grid    {path}")
+    def _keep_for_grid(self, picture: Image.Image, seed: int) -> None:
+        small = picture.copy()
+        if self._planned > FULL_SIZE_GRID:
+            small.thumbnail((GRID_CELL_PX, GRID_CELL_PX))
+        self._grid.append((small, seed))
+
+    def _save_grid(self) -> None:
+        if self._wishes.grid and len(self._grid) < 2:
+            self._terminal.say("grid    not made: it takes two pictures or more")
+        elif self._wishes.grid:
+            sheet = images.contact_sheet([picture for picture, _ in self._grid], [f"seed {seed}" for _, seed in self._grid])
+            self._terminal.say(f"grid    {images.save_picture(sheet, self._wishes.folder, f'{self._stem}_grid', 0)}")
 
     def _on_step(self, request: PictureRequest, step: Step) -> None:
         steps = request.num_inference_steps
         done = step.pictures_done + step.fraction * step.batch_size
-        self._terminal.progress(self._steps_done + done * steps, f"picture {self._saved + 1}")
+        number = f"{self._saved + 1}-{self._saved + step.batch_size}" if step.batch_size > 1 else f"{self._saved + 1}"
+        self._terminal.progress(self._steps_done + done * steps, f"picture {number} of {self._planned}")
         every = self._wishes.preview_every
         if every and round(step.fraction * steps) % every == 0:
-            sheet = images.contact_sheet(self._generator.preview(step.latents()))
-            files.publish_bytes(self._wishes.folder / "preview.png", images.encode_png(sheet, {}))
+            self._write_preview(self._generator.preview(step.latents()))
 
-
-def job_settings(request: PictureRequest, model_id: str, vae: str | None) -> dict[str, Any]:
-    """What decides how a job's pictures look, for its id: another batch size draws the same pictures."""
-    settings = {item.name: _as_json(getattr(request, item.name)) for item in fields(request) if item.name != "batch_size"}
-    return settings | {"model_id": model_id, "vae": vae}
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, Path):
-        return [value.name, hashlib.sha256(value.read_bytes()).hexdigest()]
-    if isinstance(value, LoraChoice):
-        return [str(value.path), value.weight]
-    return [_as_json(item) for item in value] if isinstance(value, tuple) else value
+    def _write_preview(self, pictures: Sequence[Image.Image]) -> None:
+        if not pictures:
+            return
+        if self._preview_path is None:
+            self._preview_path = self._wishes.folder / f"{self._stem}_preview.png"
+            self._terminal.say(f"preview {self._preview_path}")
+        files.publish_bytes(self._preview_path, images.encode_png(images.contact_sheet(pictures), {}))
 
 
 def _gaps(count: int, finished: dict[int, Path]) -> Iterator[tuple[int, int]]:

@@ -43,15 +43,14 @@ class Terminal:
             self._write(json.dumps({"error": message, "exit_code": int(exit_code), **place}), sys.stdout)
         self.say(f"error: {message}" if line_number is None else f"error: line {line_number}: {message}")
 
-    def start_progress(self, pictures: int, steps: int) -> None:
+    def start_progress(self, steps: int) -> None:
         """Open the bar over all the steps of all the pictures; it stays silent where stderr is no terminal."""
         from tqdm import tqdm  # here, because --help must not pay for it
 
         self._bar = tqdm(
-            total=pictures * steps, unit="it", file=sys.stderr, disable=None, leave=False, dynamic_ncols=True,
+            total=steps, unit="it", file=sys.stderr, disable=None, leave=False, dynamic_ncols=True,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]",
         )  # fmt: skip
-        self._steps = steps
 
     def progress(self, steps_done: float, description: str) -> None:
         """Move the bar; ``steps_done`` counts the steps of all pictures so far."""

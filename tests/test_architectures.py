@@ -9,7 +9,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from src.model_shapes import ARCHITECTURES_FOLDER, BUNDLED
+from src.model_files import ARCHITECTURES
+from src.model_shapes import BUNDLED
 
 VAE = 83_653_863
 CLIP_L, OPENCLIP_H, OPENCLIP_BIG_G = 123_060_480, 340_387_840, 694_659_840
@@ -32,7 +33,7 @@ SAMPLING = {  # name: (native side of a latent, prediction type, scheduler)
 
 
 def config(name: str, path: str) -> dict:
-    return json.loads((ARCHITECTURES_FOLDER / name / path).read_text())
+    return json.loads((ARCHITECTURES / name / path).read_text())
 
 
 def count(module: torch.nn.Module) -> int:
@@ -40,7 +41,7 @@ def count(module: torch.nn.Module) -> int:
 
 
 def test_every_folder_is_checked_here():
-    assert {path.name for path in ARCHITECTURES_FOLDER.iterdir() if path.is_dir()} == set(PUBLISHED) == set(BUNDLED.values())
+    assert {path.name for path in ARCHITECTURES.iterdir() if path.is_dir()} == set(PUBLISHED) == set(BUNDLED.values())
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from src.arguments import build_config, parse_arguments
-from src.config import AppConfig, load_config, parse_assignment, set_value, setting_names
+from src.arguments import build_config, help_text, is_given, parse_arguments
+from src.config import AppConfig, ModelConfig, check_machine, load_config, parse_assignment, set_value, setting_names
 from src.errors import ExitCode, UserError
 from src.strict_yaml import parse_scalar, read_yaml
 
@@ -76,10 +76,105 @@ def test_precedence_is_default_file_set_flag(tmp_path: Path) -> None:
 
 
 def test_later_config_wins_and_model_preset_comes_first(tmp_path: Path) -> None:
-    (tmp_path / "b.yaml").write_text("generation: {width: 640}\n")
-    config = config_of("x", "--model", "sdxl", "--config", str(tmp_path / "b.yaml"))
-    assert (config.generation.width, config.generation.height) == (640, 1024)
-    assert config.model.model_id == "stabilityai/stable-diffusion-xl-base-1.0"
+    (tmp_path / "b.yaml").write_text("generation: {num_inference_steps: 9}\n")
+    config = config_of("x", "--model", "embedded", "--config", str(tmp_path / "b.yaml"))
+    assert (config.generation.num_inference_steps, config.generation.guidance_scale) == (9, 5.0)
+    assert config.model.model_id == "embedded"
+
+
+def test_the_model_flag_wins_over_config_and_set(tmp_path: Path) -> None:
+    (tmp_path / "b.yaml").write_text("model: {model_id: of/file}\n")
+    file = ["--config", str(tmp_path / "b.yaml")]
+    assert config_of("x", *file).model.model_id == "of/file"
+    for model in ("embedded", "of/flag"):
+        assert config_of("x", "--config", "2gb", "--model", model).model.model_id == model
+        assert config_of("x", *file, "--model", model, "--set", "model.id=of/set").model.model_id == model
+    assert config_of("x", "--config", "2gb", "--model", "embedded").optimization.max_vram_gb == 2.0
+
+
+@pytest.mark.parametrize("name", ["2gb", "4gb"])
+def test_a_card_size_is_no_model(name: str) -> None:
+    with pytest.raises(UserError, match=f"card size, not a model; use --config {name}") as caught:
+        config_of("x", "--model", name)
+    assert caught.value.exit_code is ExitCode.USAGE
+
+
+@pytest.mark.parametrize(
+    ("argv", "given"),
+    [
+        ([], False),
+        (["--config", "4gb"], False),
+        (["--config", "2gb"], True),
+        (["--model", "embedded"], True),
+        (["--set", "model.id=x/y"], True),
+        (["--set", "model.vae=x/y"], False),
+    ],
+)
+def test_whether_a_model_was_given(argv: list[str], given: bool) -> None:
+    assert is_given(parse_arguments(["x", *argv]), "model.model_id") is given
+
+
+def test_a_setting_of_a_file_is_given_by_any_of_its_names(tmp_path: Path) -> None:
+    (tmp_path / "b.yaml").write_text("model: {id: of/file}\n")
+    assert is_given(parse_arguments(["x", "--config", str(tmp_path / "b.yaml")]), "model.model_id")
+
+
+def test_folders_know_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = config_of("x", "--output", "~/pictures")
+    assert config.paths.folder("outputs") == Path("/home/someone/pictures")
+    assert config.paths.folder("lora") == Path("models/lora")
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "message"),
+    [
+        ("gpu", "auto", "device 'gpu' is not known"),
+        ("cuda:x", "auto", "device 'cuda:x' is not known"),
+        ("cuda0", "auto", "cuda:N"),
+        ("auto", "fp8", "precision 'fp8' is not known; choose auto, fp16"),
+    ],
+)
+def test_unknown_devices_and_precisions(device: str, precision: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_machine(ModelConfig(device=device, precision=precision))
+    check_machine(ModelConfig(device="cuda:1", precision="bf16"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--width", "abc"], "--width abc: expected a whole number"),
+        (["-W", "1.5"], "--width 1.5: expected a whole number"),
+        (["--cfg", "high"], "--cfg high: expected a number"),
+        (["--precision", "fp8"], "--precision fp8: choose auto, fp16, bf16 or fp32"),
+        (["--width"], "--width: its value is missing; write --width PX"),
+        (["--negative", "--steps", "3"], "--negative-prompt: its value is missing; write --negative-prompt TEXT"),
+        (["--negative", "--stpes", "3"], "its value is missing"),
+        (["--grid=3"], "--grid takes no value"),
+        (["--grdi"], "did you mean --grid?"),
+        (["--grid", "-x"], "unknown argument '-x'"),
+    ],
+)
+def test_wrong_arguments_are_told_in_our_words(argv: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_arguments(["x", *argv])
+    assert message in str(caught.value)
+    assert caught.value.exit_code is ExitCode.USAGE
+
+
+@pytest.mark.parametrize("value", ["-blurry", "-", "- a, - b", "-3", "--a word", "-nope"])
+@pytest.mark.parametrize("flag", ["--negative-prompt", "--negative_prompt", "--negative"])
+def test_a_value_may_begin_with_a_dash(flag: str, value: str) -> None:
+    typed = parse_arguments(["x", flag, value, "--steps", "3"])
+    assert typed == {"prompt": "x", "generation.negative_prompt": value, "generation.num_inference_steps": 3}
+
+
+def test_help_says_what_the_defaults_are_called_elsewhere() -> None:
+    words = " ".join(help_text().split())
+    assert "(default: dpm++_2m_karras, A1111's DPM++ 2M Karras)" in words
+    assert "cuda:N" in words
+    assert "near 0 keeps the picture" in words
 
 
 def test_preset_sets_three_and_flags_win() -> None:

@@ -10,7 +10,17 @@ import sys
 import pytest
 
 from src.config import PROJECT_FOLDER
-from src.devices import Card, available_memory_bytes, cpu_has_bf16, detect_card, total_memory_bytes
+from src.devices import (
+    Card,
+    available_memory_bytes,
+    cpu_has_bf16,
+    detect_card,
+    detect_cards,
+    pick_device,
+    pick_precision,
+    total_memory_bytes,
+)
+from src.errors import ExitCode, UserError
 
 NOT_FOUND = 6  # NVML_ERROR_NOT_FOUND
 
@@ -80,6 +90,44 @@ def test_a_card_that_torch_would_not_see_is_none(monkeypatch, ordinal, visible):
 def test_the_environment_chooses_the_card(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     assert detect_card(nvml=two_cards()).name == "NVIDIA A100"
+
+
+def test_all_visible_cards_are_listed_in_order(monkeypatch):
+    monkeypatch.setattr("src.devices.ctypes.CDLL", lambda name: two_cards())
+    for visible, indices in {"0,1": [0, 1], "1,0": [1, 0], "1": [1], "": [], "7": []}.items():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert [card.index for card in detect_cards()] == indices
+
+
+@pytest.mark.parametrize(
+    ("name", "card_count", "has_mps", "expected"),
+    [
+        ("auto", 2, False, "cuda"), ("auto", 0, True, "mps"), ("auto", 0, False, "cpu"), ("cpu", 2, True, "cpu"),
+        ("cuda", 1, False, "cuda"), ("cuda:1", 2, False, "cuda:1"), ("mps", 0, True, "mps"),
+    ],
+)  # fmt: skip
+def test_a_device_that_is_there_is_taken(name, card_count, has_mps, expected):
+    assert pick_device(name, card_count=card_count, has_mps=has_mps) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "card_count", "said"),
+    [("cuda", 0, "torch is old"), ("cuda:1", 0, "torch is old"), ("cuda:2", 2, "cuda:0 to cuda:1"), ("mps", 2, "Macs")],
+)
+def test_a_device_that_is_not_there_is_refused(name, card_count, said):
+    with pytest.raises(UserError, match=said) as raised:
+        pick_device(name, card_count=card_count, has_mps=False, why_no_card="torch is old")
+    assert raised.value.exit_code == ExitCode.USAGE
+
+
+def test_precision_is_what_the_device_computes_in():
+    picked = {(card, bf16): pick_precision("auto", on_card=card, cpu_bf16=bf16) for card in (0, 1) for bf16 in (0, 1)}
+    assert picked == {(0, 0): "fp32", (0, 1): "bf16", (1, 0): "fp16", (1, 1): "fp16"}
+    assert pick_precision("fp32", on_card=True, cpu_bf16=True) == "fp32"
+    assert pick_precision("fp16", on_card=True, cpu_bf16=False) == "fp16"
+    with pytest.raises(UserError, match="needs a graphics card") as raised:
+        pick_precision("fp16", on_card=False, cpu_bf16=True)
+    assert raised.value.exit_code == ExitCode.USAGE
 
 
 @pytest.mark.parametrize("broken", ["init", "handle", "name", "memory"])

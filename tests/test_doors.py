@@ -1,5 +1,6 @@
 """Instant doors: what can be answered without torch is answered with torch, diffusers and their like made unimportable."""
 
+import json
 import os
 import subprocess
 import sys
@@ -69,6 +70,16 @@ def test_answers_without_torch(run_door, arguments: list[str], expected: str) ->
         (["--prompts", "nowhere.txt"], 4, "nowhere.txt"),
         (["--from-image", "nowhere.png"], 4, "nowhere.png"),
         (["a cat", "--model", "embedded", "--output", "sitecustomize.py"], 2, "sitecustomize.py"),
+        (["a cat", "--width", "abc"], 2, "--width abc: expected a whole number"),
+        (["a cat", "--precision", "fp8"], 2, "choose auto, fp16, bf16 or fp32"),
+        (["a cat", "--model", "4gb"], 2, "use --config 4gb"),
+        (["a cat", "--lora", ""], 2, "--lora is empty"),
+        (["a cat", "--lora", "sitecustomize.py"], 6, "not a .safetensors file"),
+        (["a __ghost__"], 4, "ghost.txt"),
+        (["a cat", "--strength", "0.4"], 2, "--init-image"),
+        (["a cat", "--model", "embedded", "--device", "gpu"], 2, "cuda:N"),
+        (["a cat", "--model", "embedded", "--device", "cpu", "--precision", "fp16"], 2, "bf16 or fp32"),
+        (["--from-image", "x.png", "--prompts", "jobs.txt"], 2, "--prompts many"),
     ],
 )
 def test_mistakes_cost_no_import(run_door, arguments: list[str], code: int, expected: str) -> None:
@@ -77,3 +88,35 @@ def test_mistakes_cost_no_import(run_door, arguments: list[str], code: int, expe
     assert expected in result.stderr
     assert result.stdout == ""
     assert len(result.stderr.strip().splitlines()) == 1, "an error is one line"
+
+
+def test_an_estimate_for_a_program_is_json(run_door) -> None:
+    result = run_door("test", "--estimate-vram", "--model", "embedded", "--json")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert json.loads(result.stdout)["width"] == 128
+
+
+def test_debug_shows_where_an_error_of_the_user_was_found(run_door) -> None:
+    result = run_door("a cat", "--widht", "512", "--debug")
+    assert result.returncode == 2
+    assert "Traceback" in result.stderr
+    assert "in parse_arguments" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: unknown argument '--widht'")
+
+
+@pytest.mark.parametrize("module", ["src.arguments", "src.orders", "src.generator"])
+def test_ctrl_c_while_importing_is_one_line(run_door, tmp_path: Path, module: str) -> None:
+    interrupting = f"""
+import sys
+class Interrupt:
+    def find_spec(self, name, *rest):
+        if name == {module!r}:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+"""
+    with (tmp_path / "sitecustomize.py").open("a") as file:
+        file.write(interrupting)
+    result = run_door("a cat", "--model", "embedded")
+    assert result.returncode == 130
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("interrupted")

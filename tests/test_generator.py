@@ -15,10 +15,10 @@ from diffusers import (
 )
 from PIL import Image
 
-from src import denoising
+from src import denoising, images
 from src.config import AppConfig
 from src.errors import ExitCode, UserError
-from src.generator import Step, TextToImageGenerator, fitting_size
+from src.generator import Step, TextToImageGenerator
 from src.schedulers import build_scheduler, find_sampler
 from tests.tiny import pipelines
 
@@ -80,7 +80,7 @@ SAMPLERS = ["DPM++ 2M Karras", "Euler a", "DDIM", "DPM++ 2M SDE", "LCM"]
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_text_to_image_equals_diffusers(loaded, name: str) -> None:
     reference = stock(loaded)
-    reference.scheduler = build_scheduler(find_sampler(name), pipelines.scheduler().config)
+    reference.scheduler = build_scheduler(find_sampler(name), reference.scheduler.config)
     source = [torch.Generator("cpu").manual_seed(SEED)]
     expected = reference(PROMPT, width=64, height=96, generator=source, **SETTINGS).images[0]
     (mine,) = loaded.generate(PROMPT, NEGATIVE, width=64, height=96, seed=SEED, scheduler=name)
@@ -90,7 +90,7 @@ def test_text_to_image_equals_diffusers(loaded, name: str) -> None:
 
 def test_without_guidance_equals_diffusers(loaded) -> None:
     reference = stock(loaded)
-    reference.scheduler = build_scheduler(find_sampler("euler"), pipelines.scheduler().config)
+    reference.scheduler = build_scheduler(find_sampler("euler"), reference.scheduler.config)
     source = [torch.Generator("cpu").manual_seed(1)]
     expected = reference(PROMPT, num_inference_steps=2, guidance_scale=1.0, width=64, height=64, generator=source).images[0]
     (mine,) = loaded.generate(PROMPT, seed=1, scheduler="euler", num_inference_steps=2, guidance_scale=1.0)
@@ -313,4 +313,4 @@ def test_unload_frees_and_loads_again(sd1) -> None:
     ],
 )
 def test_the_size_follows_the_picture_that_is_drawn_over(picture_px, native_px, expected) -> None:
-    assert fitting_size(picture_px, native_px) == expected
+    assert images.fitting_size(picture_px, native_px) == expected

@@ -52,11 +52,15 @@ def test_job_lines(data: bytes, lines: list[tuple[int, str]], tmp_path: Path) ->
     ],
 )
 def test_a_file_that_is_not_utf8_is_refused(data: bytes, words: str, tmp_path: Path) -> None:
-    for source, stdin in ((write(tmp_path, data), NOBODY), ("-", io.TextIOWrapper(io.BytesIO(data)))):
+    steps = ("save the file as UTF-8", "standard input: line")
+    sources = ((write(tmp_path, data), NOBODY), ("-", io.TextIOWrapper(io.BytesIO(data))))
+    for (source, stdin), step in zip(sources, steps):
         with pytest.raises(UserError) as caught:
             read_job_lines(source, stdin)
         assert caught.value.exit_code == ExitCode.REFUSED
         assert words in str(caught.value)
+        assert step in str(caught.value)
+        assert ("save the file" in str(caught.value)) is (source != "-")
 
 
 def test_a_lone_surrogate_on_stdin_is_refused() -> None:
@@ -105,6 +109,21 @@ def test_a_file_that_is_too_large_is_refused(tmp_path: Path) -> None:
 )
 def test_split_flags(text: str, words: list[str] | None) -> None:
     assert split_flags(text) == words
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("-W 64 --prompt x", ["-W", "64", "--prompt", "x"]),
+        ("-W=64 --prompt x", ["-W=64", "--prompt", "x"]),
+        ("-x a cat", None),
+        ("- W", None),
+        ("-Wide cat", None),
+        ("", None),
+    ],
+)
+def test_a_line_may_begin_with_a_short_flag(text: str, words: list[str] | None) -> None:
+    assert split_flags(text, {"-W", "-n"}) == words
 
 
 @pytest.mark.parametrize("text", ['--prompt "a cat', "--prompt it's", "--prompt a\\", '--prompt "\x1b[2J'])

@@ -11,9 +11,24 @@ import pytest
 
 from src.config import PROJECT_FOLDER, OptimizationConfig, load_config
 from src.errors import ExitCode, UserError
-from src.memory_plan import CONTEXT_BYTES, CPU, GIB, PLANS, Placement, Request, bundled_shapes, choose, describe, predict, table
+from src.memory_plan import (
+    CONTEXT_BYTES,
+    CPU,
+    GIB,
+    PLANS,
+    Placement,
+    Request,
+    adapter_bytes,
+    budget_of,
+    choose,
+    describe,
+    predict,
+    table,
+)
+from src.model_shapes import bundled_shapes
+from src.request import PictureRequest
+from tests.test_model_source import safetensors
 
-ALL_AT_ONCE = Placement("gpu", vae_slicing=False)
 SD15, SDXL = Request(512, 512), Request(1024, 1024)
 CARD_PLANS = PLANS[:-1]
 
@@ -28,13 +43,12 @@ def peak(name: str, request: Request, placement: Placement) -> int:
     ("name", "request_", "published_gib"),
     [
         ("sd15", SD15, 3.06),
-        ("sd15", replace(SD15, batch_size=4), 4.35),
         ("sdxl", replace(SDXL, precision="bf16"), 8.96),
         ("sdxl", replace(SDXL, precision="fp32"), 16.83),
     ],
 )
 def test_prediction_is_near_what_others_measured_on_cards(name, request_, published_gib):
-    estimate = predict(bundled_shapes(name), request_, ALL_AT_ONCE)
+    estimate = predict(bundled_shapes(name), request_, PLANS[0])
     allocated = max(phase.weights_bytes + phase.activations_bytes for phase in estimate.phases)
     assert allocated / GIB == pytest.approx(published_gib, rel=0.15)
 
@@ -53,9 +67,44 @@ def test_weights_on_the_card_are_those_that_the_placement_keeps_there():
     def weights(offload: str | None) -> list[int]:
         return [phase.weights_bytes for phase in predict(shapes, request, Placement("any", offload=offload)).phases]
 
+    layers = [49408 * 1280, 2560 * 1280 * 9 + 1280, 512 * 512 * 9 + 512]
     assert weights(None) == [2 * (unet + vae + clip_l + big_g) + 1000] * 3
-    assert weights("model") == [2 * big_g, 2 * unet + 1000, 2 * vae]
-    assert weights("sequential") == [2 * 49408 * 1280, 2 * (2560 * 1280 * 9 + 1280), 2 * (512 * 512 * 9 + 512)]
+    assert weights("model") == [2 * count + 1000 for count in (big_g, unet, vae)]  # adapters are hooks, which stay
+    assert weights("sequential") == [2 * count + 1000 for count in layers]
+    adapters = [predict(shapes, replace(request, lora_bytes=size), CPU).peak_bytes for size in (0, 1000)]
+    assert adapters[1] - adapters[0] == 1000
+
+
+def test_an_adapter_lies_on_the_card_in_the_precision_of_the_run(tmp_path):
+    numbers = 4 * 320 + 320 * 4 + 1
+    file = safetensors(
+        tmp_path / "x.safetensors", {"a.lora_down.weight": (4, 320), "a.lora_up.weight": (320, 4), "a.alpha": (1,)}
+    )
+    (tmp_path / "adapter_config.json").write_text("{}")
+    files = [file, tmp_path / "adapter_config.json"]
+    assert [adapter_bytes(files, precision) for precision in ("fp16", "bf16", "fp32")] == [
+        2 * numbers,
+        2 * numbers,
+        4 * numbers,
+    ]
+    assert adapter_bytes([], "fp16") == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, Request(768, 768, 1, True, "bf16")),
+        ({"width": 512, "num_images": 3, "batch_size": 2}, Request(512, 768, 2, True, "bf16")),
+        ({"height": 512, "num_images": 2, "batch_size": 8}, Request(768, 512, 2, True, "bf16")),
+        ({"guidance_scale": 1.0}, Request(768, 768, 1, False, "bf16")),
+        ({"guidance_scale": 1.1}, Request(768, 768, 1, True, "bf16")),
+    ],
+)
+def test_a_request_is_made_of_a_picture_and_its_model(settings, expected):
+    picture = PictureRequest(prompt="a cat", **settings)
+    assert Request.of(picture, 768, "bf16") == expected
+    more = Request.of(picture, 768, "bf16", lora_bytes=7, safety_checker=False)
+    assert more == replace(expected, lora_bytes=7, safety_checker=False)
 
 
 def test_safety_checker_stays_on_the_card_unless_it_is_left_out():
@@ -87,12 +136,12 @@ def test_each_plan_needs_no_more_than_the_one_before(name, side_px, precision):
 
 
 def test_memory_grows_with_what_is_asked():
-    base = peak("sd15", SD15, ALL_AT_ONCE)
-    assert peak("sd15", replace(SD15, batch_size=4), ALL_AT_ONCE) > base
-    assert peak("sd15", replace(SD15, width_px=768), ALL_AT_ONCE) > base
-    assert peak("sd15", replace(SD15, width_px=513), ALL_AT_ONCE) > base
-    unguided = predict(bundled_shapes("sd15"), replace(SD15, guidance=False), ALL_AT_ONCE).denoise.activations_bytes
-    assert predict(bundled_shapes("sd15"), SD15, ALL_AT_ONCE).denoise.activations_bytes == 2 * unguided
+    base = peak("sd15", SD15, PLANS[0])
+    assert peak("sd15", replace(SD15, batch_size=16), PLANS[0]) > base
+    assert peak("sd15", replace(SD15, width_px=768), PLANS[0]) > base
+    assert peak("sd15", replace(SD15, width_px=513), PLANS[0]) > base
+    unguided = predict(bundled_shapes("sd15"), replace(SD15, guidance=False), PLANS[0]).denoise.activations_bytes
+    assert predict(bundled_shapes("sd15"), SD15, PLANS[0]).denoise.activations_bytes == 2 * unguided
 
 
 def test_tiles_bound_the_decode_whatever_the_size():
@@ -121,7 +170,6 @@ def test_the_fastest_plan_that_fits_is_chosen_at_every_budget(name, request_):
         ({"enable_model_cpu_offload": True}, ["model-offload", "model-offload+vae-tiling"]),
         ({"enable_sequential_cpu_offload": True}, ["sequential-offload"]),
         ({"enable_vae_tiling": True}, ["gpu+vae-tiling", "model-offload+vae-tiling", "sequential-offload"]),
-        ({"enable_vae_slicing": True}, [plan.name for plan in CARD_PLANS]),
         ({"enable_model_cpu_offload": True, "enable_vae_tiling": True}, ["model-offload+vae-tiling"]),
     ],
 )
@@ -129,20 +177,56 @@ def test_a_switch_is_honoured_over_the_plan(switches, names):
     plan = choose(bundled_shapes("sd15"), SD15, 80 * GIB, OptimizationConfig(**switches))
     considered = [placement for placement, _ in (*plan.rejected, (plan.placement, 0), *plan.smaller)]
     assert [placement.name for placement in considered] == names
-    assert all(placement.vae_slicing for placement in considered)
 
 
 def test_contradictory_switches_are_refused():
     both = OptimizationConfig(enable_model_cpu_offload=True, enable_sequential_cpu_offload=True)
-    for budget, switches in ((GIB, both), (None, OptimizationConfig(enable_model_cpu_offload=True))):
+    for budget in (GIB, None):
         with pytest.raises(UserError, match="offload") as raised:
-            choose(bundled_shapes("sd15"), SD15, budget, switches)
+            choose(bundled_shapes("sd15"), SD15, budget, both)
         assert raised.value.exit_code == ExitCode.USAGE
-    with pytest.raises(UserError, match="fp16, bf16, fp32"):
-        predict(bundled_shapes("sd15"), replace(SD15, precision="int8"), CPU)
 
 
-def test_without_a_card_the_cpu_is_used_and_always_fits():
+@pytest.mark.parametrize("offload", ["model", "sequential"])
+def test_an_offload_switch_without_a_card_is_no_error_but_a_note(offload):
+    switch = OptimizationConfig(**{f"enable_{offload}_cpu_offload": True})
+    plan = choose(bundled_shapes("sd15"), SD15, None, switch)
+    assert (plan.placement, plan.fits) == (CPU, True)
+    assert plan.notes == (f"{offload} CPU offload has no effect without a card",)
+    assert choose(bundled_shapes("sd15"), SD15, 80 * GIB, switch).notes == ()
+
+
+@pytest.mark.parametrize("wanted_gib", [0.0, -1.0, float("nan"), float("inf"), 1e300])
+def test_an_impossible_amount_of_memory_is_refused_wherever_it_passes(wanted_gib):
+    options = OptimizationConfig(max_vram_gb=wanted_gib)
+    for call in (lambda: budget_of(options), lambda: choose(bundled_shapes("sd15"), SD15, None, options)):
+        with pytest.raises(UserError, match="--max-vram") as raised:
+            call()
+        assert raised.value.exit_code == ExitCode.USAGE
+
+
+def test_the_budget_is_in_gib():
+    assert budget_of(OptimizationConfig(max_vram_gb=1.5)) == 3 << 29
+    assert budget_of(OptimizationConfig()) is None
+
+
+def test_pictures_are_decoded_one_at_a_time():
+    decodes = {predict(bundled_shapes("sd15"), replace(SD15, batch_size=size), PLANS[0]).decode for size in (1, 4)}
+    assert len(decodes) == 1
+
+
+def test_the_cpu_plan_is_compared_with_the_memory_that_is_free():
+    shapes = bundled_shapes("sd15")
+    need = predict(shapes, SD15, CPU).peak_bytes
+    fitting, short = (choose(shapes, SD15, None, OptimizationConfig(), memory_bytes=size) for size in (need, need - 1))
+    assert (fitting.fits, fitting.notes) == (True, ())
+    assert (short.fits, short.placement) == (False, CPU)
+    assert short.notes == (f"needs {need / GIB:.2f} of {need / GIB:.2f} GiB of free memory; may swap",)
+    assert table(short).splitlines()[1].split()[2] == "no"
+    assert "does not fit" not in describe(short)  # the note says it, and drawing goes on
+
+
+def test_without_a_card_the_cpu_is_used():
     plan = choose(bundled_shapes("sd15"), SD15, None, OptimizationConfig(enable_vae_tiling=True))
     assert (plan.placement, plan.fits, plan.rejected, plan.smaller) == (replace(CPU, vae_tiling=True), True, (), ())
     assert describe(plan).startswith(f"CPU, predicted peak {plan.estimate.peak_bytes / GIB:.2f} GiB (weights ")
@@ -191,7 +275,8 @@ def test_a_plan_is_made_at_once_and_without_torch():
     program = """
 import sys
 from src.config import OptimizationConfig
-from src.memory_plan import Request, bundled_shapes, choose, table
+from src.memory_plan import Request, choose, table
+from src.model_shapes import bundled_shapes
 table(choose(bundled_shapes("sdxl"), Request(1024, 1024), 8 << 30, OptimizationConfig()))
 heavy = {"torch", "diffusers", "transformers", "numpy", "PIL", "yaml"} & set(sys.modules)
 assert not heavy, heavy

@@ -162,7 +162,18 @@ def test_the_nearest_name_is_offered(here):
     model(here / "models" / "sd15")
     assert "did you mean 'models/sd15'" in refusal(ExitCode.NOT_FOUND, resolve, "models/sd51", Path("c"), offline=False)
     assert "did you mean 'models'" in refusal(ExitCode.NOT_FOUND, resolve, "./modles/sd15", Path("c"), offline=False)
-    assert "'models' holds sd15" in refusal(ExitCode.NOT_FOUND, resolve, "models/turbo", Path("c"), offline=False)
+
+
+def test_of_a_folder_only_models_are_listed_and_a_next_step_is_given(here):
+    for clutter in ("models/notes.txt", "models/outputs/x.png", "models/.hidden/model_index.json", "h.py"):
+        write(here / clutter)
+    message = refusal(ExitCode.NOT_FOUND, resolve, "./zzz", Path("c"), offline=False)
+    assert message == "./zzz: no such file or folder; check the path, or name a hub id such as owner/name"
+    model(here / "models" / "sd15")
+    write(here / "models" / "v1-5.safetensors")
+    message = refusal(ExitCode.NOT_FOUND, resolve, "models/turbo", Path("c"), offline=False)
+    assert "; 'models' holds sd15, v1-5.safetensors; check the path, or name a hub id such as owner/name" in message
+    assert "did you mean" not in refusal(ExitCode.NOT_FOUND, resolve, "models/notes.text", Path("c"), offline=False)
 
 
 @pytest.mark.parametrize("text", ["", " ", "embeded", "no-such-preset", "sd 15"])
@@ -259,7 +270,11 @@ def test_the_safety_checker_may_be_left_out_on_request_only(tmp_path):
 
 
 def test_no_model_index(tmp_path):
-    assert "has no model_index.json" in refusal(ExitCode.NOT_FOUND, check_folder, tmp_path)
+    message = refusal(ExitCode.NOT_FOUND, check_folder, tmp_path)
+    assert "has no model_index.json" in message
+    assert "; name a folder with one, or a .safetensors file" in message
+    assert "; name a folder with one, or a .safetensors file" in refusal(ExitCode.NOT_FOUND, vae_folder, tmp_path)
+    assert "; take a complete copy" in refusal(ExitCode.NOT_FOUND, family_of, tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '"x"', "[" * 100_000, "\x00", "{'a': 1}"])

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from src.config import PRESETS_FOLDER, AppConfig, load_config, preset_names
-from src.memory_plan import bundled_shapes
+from src.model_shapes import bundled_shapes
 from src.strict_yaml import read_yaml
 
 MODELS = ["embedded", "ofa-small", "sd15", "sd21", "sd21-base", "sdxl", "small-sd"]
@@ -54,10 +54,8 @@ def test_a_preset_begins_with_its_purpose_and_its_command(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_preset_draws_at_the_size_of_its_model(name):
     config = load_config(name)
-    shapes = bundled_shapes(config.model.model_id)
-    assert shapes == bundled_shapes(name)
-    native_px = shapes.native_px
-    assert (config.generation.width or native_px, config.generation.height or native_px) == (native_px, native_px)
+    assert bundled_shapes(config.model.model_id) == bundled_shapes(name)
+    assert (config.generation.width, config.generation.height) == (None, None)  # the model's own, or that of --init-image
 
 
 @pytest.mark.parametrize("name", CARDS)

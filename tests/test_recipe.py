@@ -109,14 +109,36 @@ def test_what_identifies_the_weights_comes_back() -> None:
     assert parsed.loras == (LoraRef("ink", 0.8, "a" * 64, tensors_sha256="b" * 64),)
 
 
-def test_img2img_tells_which_picture_is_missing() -> None:
+def test_the_pictures_it_was_drawn_over_come_back() -> None:
     recipe = replace(
         RECIPE, mode="inpaint", strength=0.5, init_image=PictureRef("cat.png", SHA), mask=PictureRef("m.png", None)
     )
     parsed = from_text_chunks(to_text_chunks(recipe, "Euler", None))
     assert parsed.mode == "inpaint"
     assert parsed.settings["strength"] == 0.5
-    assert any("cat.png" in note for note in parsed.notes)
+    assert (parsed.init_image, parsed.mask) == (PictureRef("cat.png", SHA), None)  # without a hash nothing can be compared
+    assert parsed.notes == ()
+
+
+def test_what_it_was_drawn_on_comes_back() -> None:
+    recipe = replace(RECIPE, device="NVIDIA RTX 3060", stack={"torch": "2.4.0+cu121"})
+    drawn_on = from_text_chunks(to_text_chunks(recipe, "Euler", None)).drawn_on
+    assert (drawn_on.precision, drawn_on.device, drawn_on.torch) == ("fp16", "NVIDIA RTX 3060", "2.4.0+cu121")
+
+
+@pytest.mark.parametrize("value", [None, 3, [], "auto", "fp64", "x\x1b[2J", "x" * 101])
+def test_odd_surroundings_are_not_taken(value: Any) -> None:
+    drawn_on = own(precision=value, device=value, stack={"torch": value}).drawn_on
+    assert drawn_on.precision is None
+    assert drawn_on.device in (None, "auto", "fp64")
+    assert own(stack=value).drawn_on.torch is None
+
+
+@pytest.mark.parametrize("name", ["../cat.png", "/home/x/cat.png", 3, None])
+def test_a_path_is_no_pictures_name(name: Any) -> None:
+    parsed = own(init_image={"name": name, "sha256": SHA})
+    assert parsed.init_image is None
+    assert len(parsed.notes) == 1
 
 
 # --- what is written ---------------------------------------------------------------------------------------------------

@@ -200,8 +200,8 @@ def test_invokeai() -> None:
     assert (parsed.dialect, parsed.mode, parsed.prompt) == ("invokeai", "img2img", "a fox")
     assert (parsed.model_name, parsed.model_sha256, parsed.vae_name) == ("Juggernaut XL", None, "fix")
     assert parsed.loras == (LoraRef("ink", 0.75),)
-    assert [note.split(":")[0] for note in parsed.notes] == ["img2img", "not reproduced"]
-    assert "refiner_steps" in parsed.notes[1]
+    assert [note.split(":")[0] for note in parsed.notes] == ["not reproduced"]
+    assert "refiner_steps" in parsed.notes[0]
 
 
 def test_invokeai_version_3() -> None:

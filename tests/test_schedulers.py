@@ -3,12 +3,24 @@
 import inspect
 import math
 
+import diffusers
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 from src.config import GenerationConfig
 from src.errors import UserError
-from src.schedulers import PRESETS, SAMPLERS, SamplerChoice, apply_preset, build_scheduler, find_sampler, list_schedulers
+from src.model_files import ARCHITECTURES
+from src.schedulers import (
+    PRESETS,
+    SAMPLERS,
+    Sampler,
+    SamplerChoice,
+    apply_preset,
+    build_scheduler,
+    find_sampler,
+    list_schedulers,
+)
 from tests.tiny import pipelines
 
 ALL = [SamplerChoice(sampler, schedule) for sampler in SAMPLERS for schedule in ("", *sampler.schedules)]
@@ -71,6 +83,20 @@ def test_the_models_noise_schedule_is_kept(choice: SamplerChoice, prediction_typ
     assert built.config.prediction_type == prediction_type
     if "steps_offset" in inspect.signature(type(built).__init__).parameters:
         assert built.config.steps_offset == 1
+
+
+@pytest.mark.parametrize("architecture", ["sd15", "sd21", "sdxl"])
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: sampler.key)
+def test_a_real_models_own_config_gives_what_diffusers_makes_of_it(architecture: str, sampler: Sampler) -> None:
+    """The class that a model ships with has defaults of its own, which are not the model's: PNDM's spacing is "leading"."""
+    own = DiffusionPipeline.load_config(ARCHITECTURES / architecture)["scheduler"][1]
+    model = getattr(diffusers, own).from_pretrained(ARCHITECTURES / architecture / "scheduler")
+    expected = getattr(diffusers, sampler.class_name).from_config(model.config, **sampler.options)
+    mine = build_scheduler(SamplerChoice(sampler), dict(model.config))
+    for scheduler in (expected, mine):
+        scheduler.set_timesteps(25)
+    assert torch.equal(mine.timesteps, expected.timesteps)
+    torch.testing.assert_close(mine.init_noise_sigma, expected.init_noise_sigma)
 
 
 def test_karras_sigmas_are_karras() -> None:

@@ -1,0 +1,174 @@
+"""Memory modes draw the same picture, running out of memory steps down, and SDXL's VAE never decodes in fp16."""
+
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_submodules
+from PIL import Image
+
+from src import memory_plan, optimizations
+from src.config import AppConfig, OptimizationConfig
+from src.errors import ExitCode, UserError
+from src.generator import TextToImageGenerator
+from src.memory_plan import Placement
+from tests.tiny import pipelines
+
+PROMPT = "a red circle left of a blue square"
+CPU = torch.device("cpu")
+GIB = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {"sd1": pipelines.save(pipelines.sd1(), root / "sd1"), "sdxl": pipelines.save(pipelines.sdxl(), root / "sdxl")}
+
+
+@pytest.fixture(params=["sd1", "sdxl"])
+def generator(request, folders, tmp_path) -> TextToImageGenerator:
+    config = AppConfig()
+    config.model.model_id, config.model.precision, config.model.device = str(folders[request.param]), "fp32", "cpu"
+    config.paths.cache, config.generation.num_inference_steps = str(tmp_path / "cache"), 3
+    return TextToImageGenerator(config)
+
+
+def draw(generator: TextToImageGenerator, **settings: object) -> numpy.ndarray:
+    return numpy.asarray(generator.generate(PROMPT, seed=1, **settings)[0]).astype(int)
+
+
+def apply(generator: TextToImageGenerator, placement: Placement, **switches: bool) -> None:
+    optimizations.apply(generator.model.pipeline, placement, OptimizationConfig(**switches), CPU)
+
+
+# -- the same picture in every memory mode
+
+
+@pytest.mark.parametrize("mode", ["txt2img", "img2img", "inpaint"])
+def test_sequential_offload_draws_the_same_picture_bit_for_bit(generator, mode: str) -> None:
+    """Weights lie on the meta device between uses, as on a small card; the compute device is the CPU here."""
+    start = {"init_image": Image.radial_gradient("L").resize((64, 64)).convert("RGB")} if mode != "txt2img" else {}
+    if mode == "inpaint":
+        start["mask_image"] = Image.new("L", (64, 64), 255)
+    expected = draw(generator, **start)
+    components = [part for part in generator.model.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    for part in components:
+        cpu_offload(part, CPU)
+    assert all(parameter.is_meta for parameter in generator.model.pipeline.unet.parameters())
+    assert numpy.array_equal(draw(generator, **start), expected)
+    for part in components:
+        remove_hook_from_submodules(part)
+    assert numpy.array_equal(draw(generator, **start), expected)
+
+
+@pytest.mark.parametrize(
+    ("placement", "switches", "tolerance"),
+    [
+        (Placement("gpu"), {}, 0),
+        (Placement("gpu"), {"enable_vae_slicing": True}, 0),
+        (Placement("gpu"), {"enable_attention_slicing": True}, 1),
+        (Placement("gpu"), {"enable_channels_last": True}, 1),
+        (Placement("gpu+vae-tiling", vae_tiling=True), {}, 0),  # below a tile's size nothing is tiled
+    ],
+)
+def test_memory_modes_keep_the_picture(generator, placement: Placement, switches: dict, tolerance: int) -> None:
+    expected = draw(generator)
+    apply(generator, placement, **switches)
+    assert abs(draw(generator) - expected).max() <= tolerance
+
+
+def test_tiles_are_of_the_size_that_the_plan_counts_with(generator) -> None:
+    """diffusers' own tile is the training size, at which nothing would be tiled."""
+    apply(generator, Placement("x", vae_tiling=True))
+    vae = generator.model.pipeline.vae
+    assert (vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size) == (True, 512, 64)
+    apply(generator, Placement("x"))
+    assert not vae.use_tiling
+
+
+def test_offload_switches_do_no_harm_without_a_card(generator) -> None:
+    expected, lines = draw(generator), []
+    other = TextToImageGenerator(generator.config, lines.append)
+    other.config.optimization.enable_sequential_cpu_offload = True
+    assert numpy.array_equal(draw(other), expected)
+    assert any("no effect" in line for line in lines)
+
+
+# -- SDXL's VAE
+
+
+@pytest.mark.parametrize(
+    ("family", "force_upcast", "expected"),
+    [("sdxl", True, torch.float32), ("sdxl", False, torch.float16), ("sd1", True, torch.float16)],
+)
+def test_an_sdxl_vae_that_overflows_in_fp16_runs_in_fp32(family: str, force_upcast: bool, expected: torch.dtype) -> None:
+    pipeline = (pipelines.sdxl() if family == "sdxl" else pipelines.sd1()).to(torch.float16)
+    pipeline.vae.register_to_config(force_upcast=force_upcast)
+    optimizations.apply(pipeline, Placement("gpu"), OptimizationConfig(), CPU)
+    assert pipeline.vae.dtype == expected
+    assert pipeline.unet.dtype == torch.float16
+
+
+# -- out of memory
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 5.00 GB)"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (MemoryError(), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (77x768 and 1024x320)"), False),
+    ],
+)
+def test_out_of_memory_is_recognised_in_all_its_shapes(error: Exception, expected: bool) -> None:
+    assert optimizations.is_out_of_memory(error) is expected
+
+
+def run_out(generator: TextToImageGenerator, monkeypatch: pytest.MonkeyPatch, times: int) -> list[str]:
+    """Give the run a card of 100 GiB whose first ``times`` U-Net calls overflow; returns the plans that are applied."""
+    applied: list[str] = []
+    monkeypatch.setattr(optimizations, "memory_budget", lambda *_: 100 * GIB)
+    monkeypatch.setattr(optimizations, "apply", lambda _, placement, *__: applied.append(placement.name))
+    unet = generator.model.pipeline.unet
+    real, calls = unet.forward, []
+
+    def forward(*arguments: object, **named: object) -> object:
+        calls.append(1)
+        if len(calls) <= times:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(unet, "forward", forward)
+    return applied
+
+
+def test_a_run_steps_down_plan_by_plan_and_draws_the_same_picture(generator, monkeypatch) -> None:
+    expected = draw(generator)
+    generator.unload()
+    lines: list[str] = []
+    generator.say = lines.append
+    applied = run_out(generator, monkeypatch, times=2)
+    assert numpy.array_equal(draw(generator), expected)
+    assert applied == ["gpu", *applied[1:]]
+    assert len(applied) == 3
+    peaks = [memory_plan.PLANS.index(next(plan for plan in memory_plan.PLANS if plan.name == name)) for name in applied]
+    assert peaks == sorted(peaks)
+    assert sum("ran out" in line for line in lines) == 2
+    draw(generator)
+    assert len(applied) == 3, "the plan that worked is kept"
+
+
+def test_when_every_plan_failed_it_is_exit_code_3(generator, monkeypatch) -> None:
+    applied = run_out(generator, monkeypatch, times=100)
+    with pytest.raises(UserError, match="out of memory") as caught:
+        draw(generator)
+    assert caught.value.exit_code is ExitCode.OUT_OF_MEMORY
+    assert applied[-1] == "sequential-offload"
+    assert caught.value.__context__ is None, "the error must not keep the tensors that filled the memory"

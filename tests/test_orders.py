@@ -1,0 +1,205 @@
+"""From what was typed to requests and jobs: what is checked without a model, and what identifies a job."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from src import images, named_files, orders
+from src.arguments import build_config, parse_arguments
+from src.errors import ExitCode, UserError
+from src.named_files import NamedFiles, adapter_files
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path
+
+
+def safetensors(path: Path, value: int = 0, note: str = "") -> Path:
+    """A sound .safetensors file of one byte, made by hand from the format's description."""
+    header = json.dumps({"__metadata__": {"note": note}, "a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes([value]))
+    return path
+
+
+def sha256(path: str | Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def picture(path: str, colour: int = 0) -> str:
+    Image.new("RGB", (8, 8), (colour, 0, 0)).save(path)
+    return path
+
+
+def read_jobs(*argv: str) -> tuple[list[Any], list[str]]:
+    said: list[str] = []
+    typed = parse_arguments(argv)
+    return orders.read_jobs(typed, build_config(typed), said.append), said
+
+
+def refusal(*argv: str) -> UserError:
+    with pytest.raises(UserError) as caught:
+        read_jobs(*argv)
+    return caught.value
+
+
+# --- requests ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["x", "--lora", ""], ExitCode.USAGE, "--lora is empty"),
+        (["x", "--lora", "a.ckpt"], ExitCode.REFUSED, "pickle"),
+        (["x", "--lora", "nowhere.safetensors"], ExitCode.NOT_FOUND, "nowhere.safetensors: not found"),
+        (["x", "--lora", "bad.safetensors:0.5"], ExitCode.REFUSED, "is not a .safetensors file"),
+        (["x", "--lora", "empty"], ExitCode.NOT_FOUND, "holds no .safetensors file"),
+        (["x", "--lora", "pickled"], ExitCode.REFUSED, "pickle"),
+        (["x <lora:ghost>"], ExitCode.NOT_FOUND, "<lora:ghost> is not in models/lora"),
+        (["x <lora:torn>"], ExitCode.REFUSED, "is not a .safetensors file"),
+        (["a __ghost__"], ExitCode.NOT_FOUND, "no wildcard file ghost.txt"),
+        (["x", "--strength", "0.4"], ExitCode.USAGE, "--init-image FILE"),
+        (["x", "--mask", "m.png"], ExitCode.USAGE, "--init-image FILE"),
+    ],
+)
+def test_mistakes_are_found_before_a_model_is_loaded(here: Path, argv: list[str], code: ExitCode, message: str) -> None:
+    (here / "bad.safetensors").write_bytes(b"not tensors at all")
+    (here / "models" / "lora").mkdir(parents=True)
+    (here / "models" / "lora" / "torn.safetensors").write_bytes(b"not tensors at all")
+    (here / "empty").mkdir()
+    (here / "pickled").mkdir()
+    (here / "pickled" / "adapter_model.bin").write_bytes(b"")
+    error = refusal(*argv)
+    assert message in str(error)
+    assert error.exit_code is code
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["x", "--device", "gpu"], "device 'gpu' is not known"),
+        (["x", "--device", "cpu", "--precision", "fp16"], "choose bf16 or fp32"),
+        (["x", "--set", "model.precision=fp8"], "precision 'fp8' is not known"),
+    ],
+)
+def test_impossible_machines_are_found_before_torch(argv: list[str], message: str) -> None:
+    typed = parse_arguments([*argv, "--model", "embedded"])
+    with pytest.raises(UserError, match=message) as caught:
+        orders.check_surroundings(typed, build_config(typed))
+    assert caught.value.exit_code is ExitCode.USAGE
+
+
+def test_what_is_drawn_as_text_is_said() -> None:
+    assert "[cat:dog:0.5]" in read_jobs("a [cat:dog:0.5]")[1][0]
+    assert read_jobs("a [cat:dog:0.5]", "--no-prompt-weights")[1] == []
+    assert read_jobs("a [cat]")[1] == []
+
+
+# --- job files ---------------------------------------------------------------------------------------------------------
+
+
+def test_flags_in_lines(here: Path) -> None:
+    (here / "jobs.txt").write_text("-W 64 --prompt x\na cat --seed 5\na cat, --ar 16:9\n-m other --prompt x\n")
+    jobs, said = read_jobs("--prompts", "jobs.txt")
+    assert (jobs[0].request.width, jobs[0].request.prompt) == (64, "x")
+    assert (jobs[1].request.seed, jobs[1].request.prompt) == (None, "a cat --seed 5")
+    assert jobs[2].request.prompt == "a cat, --ar 16:9"
+    assert "cannot differ from job to job" in str(jobs[3].error)
+    assert said == ["line 2: '--seed' inside a bare prompt is drawn as text; begin the line with --prompt"]
+
+
+def test_an_empty_standard_input_is_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("# nothing\n"))
+    assert str(refusal("--prompts", "-")).startswith("standard input: holds no job")
+
+
+def ids(*argv: str) -> list[str]:
+    return [job.id for job in read_jobs("--prompts", "jobs.txt", *argv)[0]]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--model", "other"],
+        ["--revision", "x"],
+        ["--vae", "x"],
+        ["--architecture", "x"],
+        ["--precision", "fp32"],
+        ["--no-safety-checker"],
+        ["--steps", "3"],
+        ["--lora", "a.safetensors"],
+        ["--lora", "a.safetensors:0.5"],
+        ["--init-image", "a.png"],
+        ["--init-image", "a.png", "--mask", "a.png"],
+    ],
+)
+def test_what_changes_the_picture_changes_the_jobs_name(here: Path, argv: list[str]) -> None:
+    (here / "jobs.txt").write_text("a cat\n")
+    safetensors(here / "a.safetensors"), picture("a.png")
+    assert ids(*argv) != ids()
+    assert ids(*argv) == ids(*argv, "--batch-size", "2", "--output", "elsewhere", "--offline")
+
+
+def test_files_count_by_their_content(here: Path) -> None:
+    (here / "jobs.txt").write_text("--prompt 'a cat <lora:ink:1>' --lora a.safetensors --init-image a.png --mask m.png\n")
+    ink = here / "models" / "lora" / "ink.safetensors"
+    safetensors(ink), safetensors(here / "a.safetensors"), picture("a.png"), picture("m.png")
+    seen = [ids()]
+    for change in (
+        lambda: safetensors(ink, 1),
+        lambda: safetensors(here / "a.safetensors", 1),
+        lambda: picture("a.png", 1),
+        lambda: picture("m.png", 1),
+    ):
+        change()
+        seen.append(ids())
+    assert len({item for (item,) in seen}) == 5
+    (here / "a.png").rename(here / "b.png")
+    (here / "jobs.txt").write_text((here / "jobs.txt").read_text().replace("a.png", "b.png"))
+    assert ids() == seen[-1]
+
+
+def test_each_file_is_read_once_a_run(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "jobs.txt").write_text("one\ntwo <lora:ink>\nthree <lora:ink>\n")
+    safetensors(here / "models" / "lora" / "ink.safetensors"), picture("a.png"), picture("m.png")
+    calls: list[str] = []
+
+    def counted(name: str, real: Any) -> Any:
+        return lambda path, *rest: calls.append(f"{name} {Path(path).name}") or real(path, *rest)
+
+    monkeypatch.setattr(images, "read_image", counted("decode", images.read_image))
+    monkeypatch.setattr(named_files.files, "sha256_of", counted("hash", named_files.files.sha256_of))
+    monkeypatch.setattr(named_files, "read_header", counted("header", named_files.read_header))
+    read_jobs("--prompts", "jobs.txt", "--init-image", "a.png", "--mask", "m.png")
+    files_read = ["decode a.png", "decode m.png", "hash a.png", "hash ink.safetensors", "hash m.png", "header ink.safetensors"]
+    assert sorted(calls) == files_read
+
+
+def test_the_files_and_hash_of_an_adapter_are_those_of_its_reader(here: Path) -> None:
+    from src.lora_files import _find_sources  # torch
+
+    safetensors(here / "file" / "a.safetensors")
+    safetensors(here / "one" / "b.safetensors")
+    safetensors(here / "diffusers" / "pytorch_lora_weights.safetensors"), safetensors(here / "diffusers" / "other.safetensors")
+    for folder in ("peft", "parts/unet_lora", "parts/text_encoder_one_lora"):
+        safetensors(here / folder / "adapter_model.safetensors")
+        (here / folder / "adapter_config.json").write_text("{}")
+    paths = ("file/a.safetensors", "one", "diffusers", "peft", "peft/adapter_model.safetensors", "parts")
+    for path in map(Path, paths):
+        theirs = {file for source in _find_sources(path) for file in (source.file, source.settings) if file}
+        assert set(adapter_files(path)) == theirs, path
+    hashes = sorted(sha256(file) for file in adapter_files(Path("parts")))
+    named = NamedFiles(here, here / "hashes.json")
+    assert named.adapter_sha256(Path("parts")) == hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+    assert named.adapter_sha256(Path("one")) == sha256("one/b.safetensors")

@@ -1,0 +1,85 @@
+"""The README tells the truth: its commands parse, the quick ones run, its map names every file, its pictures are there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from src import cli
+from src.arguments import build_config, parse_arguments
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+LINES = [line.split("   #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+COMMANDS = [line for line in LINES if line.startswith("python main.py")]
+QUICK = ("--estimate-vram", "--list-schedulers", "--help")
+
+
+def arguments_of(command: str) -> list[str]:
+    return shlex.split(command)[2:]
+
+
+def test_there_are_commands() -> None:
+    assert len(COMMANDS) > 15
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_parses_and_its_settings_exist(command: str) -> None:
+    build_config(parse_arguments(arguments_of(command)))
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if any(flag in line for flag in QUICK)])
+def test_quick_commands_run(command: str, capsys) -> None:
+    assert cli.main(arguments_of(command)) == 0
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command",
+    [line for line in COMMANDS if "embedded" in line or "--from-image docs/demo.png" in line],
+    ids=lambda line: line[15:60],
+)
+def test_commands_of_the_embedded_model_draw(command: str, capsys, monkeypatch, tmp_path) -> None:
+    """As written, in the project's folder; only the pictures go elsewhere, and two steps must do."""
+    monkeypatch.chdir(ROOT)
+    assert cli.main([*arguments_of(command), "--output", str(tmp_path), "--steps", "2"]) == 0
+    assert list(tmp_path.glob("gen_*.png"))
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert {line.split()[1] for line in LINES if line.startswith("make ")} <= targets
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "make test" in script.splitlines()
+    assert "make test " in README
+
+
+def test_pictures_and_linked_files_are_there() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).is_file(), target
+
+
+def test_the_file_map_names_every_source_file() -> None:
+    named = set(re.findall(r"^  ([a-z_]+(?:\.py|/))", README.partition("## File map")[2], re.MULTILINE))
+    sources = {path.name for path in (ROOT / "src").glob("*.py")} - {"__init__.py"} | {
+        f"{path.parent.name}/" for path in (ROOT / "src").glob("*/__init__.py")
+    }
+    assert named == sources
+
+
+def test_python_example_has_only_names_that_exist() -> None:
+    """Run the README's Python block up to the point where a model would be fetched."""
+    from src.generator import TextToImageGenerator
+
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    head = block.partition("gen.load_model()")[0]
+    scope: dict[str, object] = {}
+    exec(compile(head, "README.md", "exec"), scope)
+    assert isinstance(scope["gen"], TextToImageGenerator)
+    for name in set(re.findall(r"gen\.(\w+)\(", block)):
+        assert callable(getattr(TextToImageGenerator, name))

@@ -1,0 +1,232 @@
+"""``--from-image``: what a stranger's recipe may decide, what must be given with it, and what is said when it differs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from src import devices, images, orders, recipe_orders
+from src.arguments import build_config, parse_arguments
+from src.config import PROJECT_FOLDER, AppConfig
+from src.errors import ExitCode, UserError
+from src.recipe import LoraRef, ModelRef, PictureRef, Recipe, to_text_chunks
+from src.request import LoraChoice
+
+RECIPE = Recipe(
+    mode="txt2img", prompt="a fox", negative_prompt="", seed=3, width=128, height=128, num_inference_steps=2, guidance_scale=4.0,
+    scheduler="euler", clip_skip=1, prompt_weights=True, model=ModelRef("embedded"), precision="fp32", device="cpu",
+    memory_plan="fast", version="0.1",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path
+
+
+def safetensors(path: Path, value: int = 0, note: str = "") -> Path:
+    """A sound .safetensors file of one byte, made by hand from the format's description."""
+    header = json.dumps({"__metadata__": {"note": note}, "a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes([value]))
+    return path
+
+
+def sha256(path: str | Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def picture(path: str, colour: int = 0) -> str:
+    Image.new("RGB", (8, 8), (colour, 0, 0)).save(path)
+    return path
+
+
+def draw_again(chunks: dict[str, str] | Recipe, *argv: str) -> tuple[dict[str, Any], AppConfig, list[str]]:
+    """What ``--from-image`` makes of a picture with these chunks: what is typed, the configuration, and what was said."""
+    if isinstance(chunks, Recipe):
+        chunks = to_text_chunks(chunks, "Euler", None)
+    Path("theirs.png").write_bytes(images.encode_png(Image.new("RGB", (8, 8)), chunks))
+    typed, said = parse_arguments(["--from-image", "theirs.png", *argv]), []
+    recipe = recipe_orders.read_recipe(typed, said.append)
+    config = build_config(typed, recipe.settings)
+    return recipe_orders.follow_recipe(recipe, typed, config, said.append), config, said
+
+
+def not_drawn(chunks: dict[str, str] | Recipe, *argv: str) -> UserError:
+    with pytest.raises(UserError) as caught:
+        draw_again(chunks, *argv)
+    assert str(caught.value).startswith("theirs.png: ")
+    return caught.value
+
+
+def a1111(line: str, prompt: str = "a fox") -> dict[str, str]:
+    return {"parameters": f"{prompt}\nSteps: 2, CFG scale: 4, Seed: 9, RNG: CPU, {line}"}
+
+
+def test_a_recipe_is_followed(here: Path) -> None:
+    typed, config, said = draw_again(RECIPE)
+    assert (typed["prompt"], config.model.model_id, config.model.precision, said) == ("a fox", "embedded", "fp32", [])
+    assert (config.generation.seed, config.generation.width, config.generation.scheduler) == (3, 128, "euler")
+
+
+@pytest.mark.parametrize("argv", [[], ["--config", "4gb"]])
+@pytest.mark.parametrize(
+    "model",
+    ["", "Model: deliberate_v2, ", "Model: evil/model, ", "Model: stabilityai/stable-diffusion-xl-base-1.0, ", "Model: ../x, "],
+)
+def test_a_model_that_is_not_here_must_be_named(model: str, argv: list[str]) -> None:
+    error = not_drawn(a1111(f"{model}Size: 64x64"), *argv)
+    assert error.exit_code is ExitCode.NOT_FOUND
+    assert "name the one to draw with: --model MODEL" in str(error)
+
+
+@pytest.mark.parametrize("argv", [["--model", "embedded"], ["--set", "model.model_id=embedded"], ["--config", "embedded"]])
+@pytest.mark.parametrize("model", ["", "Model: deliberate_v2, "])
+def test_a_model_that_was_named_is_taken(model: str, argv: list[str]) -> None:
+    assert draw_again(a1111(f"{model}Size: 64x64"), *argv)[1].model.model_id == "embedded"
+
+
+def test_a_card_size_keeps_the_recipes_model() -> None:
+    config = draw_again(RECIPE, "--config", "4gb")[1]
+    assert (config.model.model_id, config.optimization.max_vram_gb) == ("embedded", 4.0)
+
+
+def test_models_are_found_under_models_and_whole_in_a_cache(here: Path) -> None:
+    own = safetensors(here / "models" / "Stable-diffusion" / "deliberate_v2.safetensors")
+    assert draw_again(a1111("Model: deliberate_v2, Size: 64x64"))[1].model.model_id == str(own.relative_to(here))
+    safetensors(here / "models" / "lora" / "ink.safetensors"), (here / "elsewhere").mkdir()
+    for name in ("ink", "cache", "lora", "elsewhere"):
+        assert not_drawn(a1111(f"Model: {name}, Size: 64x64")).exit_code is ExitCode.NOT_FOUND
+    storage = here / "models" / "cache" / "models--owner--name"
+    (storage / "refs").mkdir(parents=True)
+    (storage / "refs" / "main").write_text("0" * 40)
+    snapshot = storage / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    assert not_drawn(a1111("Model: owner/name, Size: 64x64")).exit_code is ExitCode.NOT_FOUND  # not whole
+    snapshot.rmdir()
+    snapshot.symlink_to(PROJECT_FOLDER / "models" / "embedded")
+    assert draw_again(a1111("Model: owner/name, Size: 64x64"))[1].model.model_id == "owner/name"
+
+
+def test_a_missing_vae_is_named() -> None:
+    recipe = replace(RECIPE, vae=ModelRef("sharp.safetensors"))
+    assert "give one with --vae VAE" in str(not_drawn(recipe))
+    assert draw_again(recipe, "--vae", "mine")[1].model.vae == "mine"
+    assert draw_again(recipe, "--set", "model.vae=null")[1].model.vae is None
+    safetensors(Path("models/vae/sharp.safetensors"))
+    assert draw_again(recipe)[1].model.vae == "models/vae/sharp.safetensors"
+
+
+def test_what_it_was_drawn_over_must_be_given_and_is_compared() -> None:
+    picture("a.png"), picture("m.png", 1), picture("b.png", 2)
+    refs = {"init_image": PictureRef("a.png", sha256("a.png")), "mask": PictureRef("m.png", sha256("m.png"))}
+    recipe = replace(RECIPE, mode="inpaint", strength=1.0, **refs)
+    both = ["--init-image", "a.png", "--mask", "m.png"]
+    for argv, missing in ([], "--init-image FILE and --mask FILE"), (both[:2], "--mask FILE"), (both[2:], "--init-image FILE"):
+        error = str(not_drawn(recipe, *argv))
+        assert error.endswith(f"give that with {missing}")
+    assert draw_again(recipe, *both)[2] == []
+    said = draw_again(recipe, "--init-image", "a.png", "--mask", "b.png")[2]
+    assert said == ["recipe  b.png is not the mask 'm.png' of then: the picture will differ"]
+
+
+def test_adapters_are_found_compared_and_replaced(here: Path) -> None:
+    ink = safetensors(here / "models" / "lora" / "ink.safetensors", 1)
+    recipe = replace(RECIPE, prompt="a fox <lora:wash:0.5>", loras=(LoraRef("wash", 0.5), LoraRef("ink", 0.8, sha256(ink))))
+    assert "the recipe's LoRA 'wash' is not in models/lora; give it with --lora PATH" in str(not_drawn(recipe))
+    typed = draw_again(recipe, "--lora", "elsewhere/wash.safetensors:0.5")[0]
+    assert (typed["lora"], typed["prompt"]) == (["elsewhere/wash.safetensors:0.5"], "a fox ")
+    safetensors(here / "models" / "lora" / "wash.safetensors")
+    typed, _, said = draw_again(recipe)
+    assert (typed["lora"], typed["prompt"], said) == (["models/lora/ink.safetensors:0.8"], "a fox <lora:wash:0.5>", [])
+    assert LoraChoice.parse(typed["lora"][0]) == LoraChoice(Path("models/lora/ink.safetensors"), 0.8)
+    safetensors(ink, 2)
+    (line,) = draw_again(recipe)[2]
+    assert "is not the LoRA 'ink' of then" in line
+
+
+def test_a1111s_hash_of_an_adapter_is_that_of_its_tensors(here: Path) -> None:
+    safetensors(here / "models" / "lora" / "ink.safetensors", 7, note="edited")
+    digits = hashlib.sha256(bytes([7])).hexdigest()[:12]
+    for recorded, lines in (digits, 0), ("0" * 12, 1):
+        chunks = a1111(f'Size: 64x64, Lora hashes: "ink: {recorded}"', "a fox <lora:ink:1>")
+        assert len(draw_again(chunks, "--model", "embedded")[2]) == lines
+
+
+def test_precision_is_restored_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = replace(RECIPE, precision="fp16")
+    card = devices.Card("RTX", 8 << 30, 8 << 30, 0)
+    for found, argv, expected in (
+        (None, [], "auto"),
+        (card, [], "fp16"),
+        (card, ["--device", "cpu"], "auto"),
+        (card, ["--precision", "fp32"], "fp32"),
+        (card, ["--set", "model.precision=bf16"], "bf16"),
+    ):
+        monkeypatch.setattr(devices, "detect_card", lambda *_, found=found: found)
+        monkeypatch.setattr(devices, "has_apple_gpu", lambda: False)
+        assert draw_again(recipe, *argv)[1].model.precision == expected
+
+
+def test_other_weights_and_machines_are_a_line_each() -> None:
+    recipe = replace(
+        RECIPE, model=ModelRef("embedded", "sd15", "a" * 64), precision="fp16", device="RTX", stack={"torch": "1.0"}
+    )
+    parsed = recipe_orders.from_text_chunks(to_text_chunks(recipe, "Euler", None))
+    said: list[str] = []
+    recipe_orders.compare_with_recipe(parsed, "b" * 64, "fp32", "cpu", said.append)
+    assert said[0] == "recipe  drawn with weights aaaaaaaaaa, these are bbbbbbbbbb: the picture will differ"
+    assert said[1].startswith("recipe  drawn in fp16 on RTX with torch 1.0; this run is in fp32 on cpu with torch 2")
+    same = replace(parsed, drawn_on=replace(parsed.drawn_on, torch=None))
+    recipe_orders.compare_with_recipe(same, "a" * 64, "fp16", "RTX", said.append)
+    assert len(said) == 2
+
+
+def test_a_recorded_prompt_is_final(here: Path) -> None:
+    recipe = replace(RECIPE, prompt="a {red|blue} __fox__")
+    typed, config, _ = draw_again(recipe)
+    request = orders.read_request(config, typed, print)
+    assert (request.prompt, request.wildcards) == ("a {red|blue} __fox__", False)
+    typed, config, _ = draw_again(recipe, "--prompt", "a {red|red} cat")
+    assert orders.read_request(config, typed, print).wildcards
+
+
+@pytest.mark.parametrize(
+    ("sampler", "drawn", "said"),
+    [
+        ("Sampler: Euler a, Schedule type: Karras", "Euler a", 1),
+        ("Sampler: DPM++ 2M, Schedule type: Align Your Steps", "DPM++ 2M", 1),
+        ("Sampler: DPM++ 2M SDE Heun, Schedule type: Karras", "DPM++ 2M SDE", 1),
+        ("Sampler: DPM adaptive", "dpm++_2m_karras", 1),
+        ("Sampler: Restart", "dpm++_2m_karras", 1),
+        ("Sampler: DPM++ 2M, Schedule type: Karras", "DPM++ 2M Karras", 0),
+    ],
+)
+def test_samplers_that_are_not_here_become_the_nearest(sampler: str, drawn: str, said: int) -> None:
+    _, config, lines = draw_again(a1111(f"{sampler}, Size: 64x64"), "--model", "embedded")
+    assert (config.generation.scheduler, len(lines)) == (drawn, said)
+    assert all("the picture will differ" in line for line in lines)
+    assert draw_again(a1111(f"{sampler}, Size: 64x64"), "--model", "embedded", "--sampler", "ddim")[2] == []
+
+
+def test_odd_sizes_are_rounded_with_a_note() -> None:
+    _, config, said = draw_again(a1111("Size: 511x48"), "--model", "embedded")
+    assert (config.generation.width, config.generation.height) == (512, 64)
+    assert [line.split(",")[0] for line in said] == ["recipe  width 511 is drawn as 512", "recipe  height 48 is drawn as 64"]
+
+
+def test_usage_of_from_image() -> None:
+    typed = parse_arguments(["--from-image", "a.png", "--prompts", "x.txt"])
+    with pytest.raises(UserError, match="one picture again and --prompts many") as caught:
+        recipe_orders.read_recipe(typed, print)
+    assert caught.value.exit_code is ExitCode.USAGE
+    assert "holds no recipe" in str(not_drawn({}))

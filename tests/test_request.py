@@ -1,0 +1,115 @@
+"""One request: every setting has its type and range before anything is loaded; one that has not is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+from PIL import Image
+
+from src.config import GenerationConfig
+from src.errors import ExitCode, UserError
+from src.request import LoraChoice, PictureRequest
+
+PICTURE = Image.new("RGB", (8, 8))
+
+
+def request(**settings: Any) -> PictureRequest:
+    made = PictureRequest(**{"prompt": "x", **settings})
+    made.check()
+    return made
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seed": "42"}, "seed: expected a whole number, got '42'"),
+        ({"seed": True}, "seed: expected a whole number, got True"),
+        ({"seed": 1.0}, "seed: expected a whole number, got 1.0"),
+        ({"width": "128"}, "width: expected a whole number, got '128'"),
+        ({"height": 128.5}, "height: expected a whole number"),
+        ({"num_inference_steps": 2.5}, "steps: expected a whole number, got 2.5"),
+        ({"num_images": None}, "number of pictures: expected a whole number, got None"),
+        ({"guidance_scale": "7"}, "guidance scale: expected a number, got '7'"),
+        ({"guidance_scale": False}, "guidance scale: expected a number, got False"),
+        ({"guidance_scale": 10**400}, "guidance scale"),
+        ({"strength": 1j}, "strength: expected a number, got complex"),
+        ({"scheduler": 3}, "scheduler: expected text, got 3"),
+        ({"prompt": None}, "prompt: expected text, got None"),
+        ({"prompt": ["a", "b"]}, "prompt: expected text, got ['a', 'b']"),
+        ({"negative_prompt": 5}, "negative prompt: expected text, got 5"),
+        ({"prompt_weights": 1}, "prompt weights: expected true or false, got 1"),
+        ({"init_image": numpy.zeros((8, 8, 3))}, "init image: expected a path or a PIL image, got ndarray"),
+        ({"init_image": PICTURE, "mask_image": 3}, "mask image: expected a path"),
+        ({"loras": "ink"}, "loras: expected a sequence of LoraChoice, got 'ink'"),
+        ({"loras": ["ink"]}, "loras: expected LoraChoice(path, weight), got 'ink'"),
+    ],
+)
+def test_a_wrong_type_is_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        request(**settings)
+    assert message in str(caught.value)
+    assert caught.value.exit_code is ExitCode.USAGE
+
+
+@pytest.mark.parametrize(
+    ("settings", "step"),
+    [
+        ({"num_inference_steps": 0}, "use 1 to 1,000"),
+        ({"batch_size": 257}, "use 1 to 256"),
+        ({"seed": 2**32}, "use 0 to 4,294,967,295"),
+        ({"seed": -2}, "use 0 to"),
+        ({"width": 8}, "use one in between, e.g. 512"),
+        ({"width": 65}, "nearest: 64 or 72"),
+        ({"guidance_scale": float("nan")}, "use one such as"),
+        ({"guidance_scale": 101}, "5 to 9 is usual"),
+        ({"init_image": PICTURE, "strength": 0}, "0.6 keeps the layout"),
+        ({"mask_image": PICTURE}, "--init-image FILE"),
+    ],
+)
+def test_a_range_error_says_what_to_use(settings: dict[str, Any], step: str) -> None:
+    with pytest.raises(UserError) as caught:
+        request(**settings)
+    assert step in str(caught.value)
+
+
+def test_other_spellings_of_the_same_value_become_it() -> None:
+    made = request(
+        width=numpy.int64(64), seed=numpy.uint8(7), guidance_scale=numpy.float32(5), strength=1, loras=[LoraChoice("a", 1)]
+    )
+    assert [(value, type(value)) for value in (made.width, made.seed, made.guidance_scale, made.strength)] == [
+        (64, int),
+        (7, int),
+        (5.0, float),
+        (1.0, float),
+    ]
+    assert made.loras == (LoraChoice(Path("a"), 1.0),)
+
+
+def test_pictures_may_be_paths_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    made = request(init_image="~/a.png", mask_image="m.png")
+    assert (made.init_image, made.mask_image, made.mode) == (Path("/home/someone/a.png"), Path("m.png"), "inpaint")
+    assert request(init_image=PICTURE).init_image is PICTURE
+
+
+def test_minus_one_is_a_random_seed_everywhere() -> None:
+    assert request(seed=-1).seed is None
+    assert request(seed=numpy.int64(-1)).seed is None
+    assert PictureRequest.from_config(GenerationConfig(seed=-1), "x").seed is None
+    assert PictureRequest.from_config(GenerationConfig(seed=5), "x", seed=-1).seed is None
+    assert PictureRequest.from_config(GenerationConfig(seed=5), "x").seed == 5
+
+
+@pytest.mark.parametrize("weight", ["0.5", None, True, float("nan"), float("inf"), [1]])
+def test_an_adapters_weight_is_a_number(weight: Any) -> None:
+    with pytest.raises(UserError, match="LoRA weight"):
+        LoraChoice(Path("a"), weight)
+
+
+@pytest.mark.parametrize("text", ["", "  "])
+def test_an_empty_adapter_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="--lora is empty"):
+        LoraChoice.parse(text)
