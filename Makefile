@@ -8,7 +8,7 @@ DEMO_PROMPT := a red circle left of a blue square on a white background
 .PHONY: demo test check bench clean
 
 demo: .venv/installed
-	$(BIN)/python main.py "$(DEMO_PROMPT)" --model embedded --seed 42
+	$(BIN)/python main.py "$(DEMO_PROMPT)" --model embedded --seed 87
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
