@@ -204,8 +204,12 @@ def _one_line_errors(model_id: str, revision: str | None, endpoint: str, cache: 
 
 def _explain(error: BaseException, model_id: str, revision: str | None, endpoint: str, cache: Path) -> UserError | None:
     """The line for one exception, the most particular class first; None for one that is not known here."""
-    import httpx2
     from huggingface_hub import errors
+
+    try:
+        import httpx2 as httpx
+    except ImportError:  # huggingface_hub 1, the newest for Python 3.10
+        import httpx
 
     page = f"{endpoint}/{model_id}"
     again = "run the same command again, finished files are kept"
@@ -231,11 +235,11 @@ def _explain(error: BaseException, model_id: str, revision: str | None, endpoint
             )
         case errors.HfHubHTTPError() if status == 403:
             return refused(f"{model_id}: access denied; accept the licence at {page} and set HF_TOKEN")
-        case errors.HfHubHTTPError() | httpx2.HTTPStatusError():
+        case errors.HfHubHTTPError() | httpx.HTTPStatusError():
             return UserError(f"{model_id}: {endpoint} answered {status}; wait a little, then {again}")
-        case httpx2.ConnectError() | httpx2.ConnectTimeout() | httpx2.ProxyError():
+        case httpx.ConnectError() | httpx.ConnectTimeout() | httpx.ProxyError():
             return UserError(f"{model_id}: no connection to {endpoint}; check the network, then {again}")
-        case httpx2.HTTPError():
+        case httpx.HTTPError():
             return UserError(f"{model_id}: the server cut the connection; {again}")
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             return UserError(f"{cache}: the disk is full; make room, then {again}")

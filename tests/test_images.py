@@ -87,7 +87,6 @@ GOLDEN = {
     "LA16 PNG": (png_row(16, 4, bytes([77, 9, 255, 255]), bytes(4)), [grey(77), WHITE]),
     "CMYK TIFF": (encoded(tiles("CMYK", *INKS), "TIFF"), [cmyk(*ink) for ink in INKS]),
     "CMYK JPEG": (encoded(tiles("CMYK", *INKS), "JPEG", **JPEG), [cmyk(*ink) for ink in INKS]),
-    "YCbCr TIFF": (encoded(tiles("RGB", RED, BLUE).convert("YCbCr"), "TIFF"), [RED, BLUE]),
     "GIF, 3 frames": (
         encoded(tiles("RGB", RED), "GIF", save_all=True, append_images=[tiles("RGB", BLUE), tiles("RGB", GREEN)]),
         [RED],
