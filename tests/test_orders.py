@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
-import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from src import images, named_files, orders
 from src.arguments import build_config, parse_arguments
 from src.errors import ExitCode, UserError
 from src.named_files import NamedFiles, adapter_files
+from tests.tiny.named import picture, safetensors, sha256
 
 
 @pytest.fixture(autouse=True)
@@ -23,23 +21,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path
-
-
-def safetensors(path: Path, value: int = 0, note: str = "") -> Path:
-    """A sound .safetensors file of one byte, made by hand from the format's description."""
-    header = json.dumps({"__metadata__": {"note": note}, "a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes([value]))
-    return path
-
-
-def sha256(path: str | Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def picture(path: str, colour: int = 0) -> str:
-    Image.new("RGB", (8, 8), (colour, 0, 0)).save(path)
-    return path
 
 
 def read_jobs(*argv: str) -> tuple[list[Any], list[str]]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from src.config import PROJECT_FOLDER, AppConfig
 from src.errors import ExitCode, UserError
 from src.recipe import LoraRef, ModelRef, PictureRef, Recipe, to_text_chunks
 from src.request import LoraChoice
+from tests.tiny.named import picture, safetensors, sha256
 
 RECIPE = Recipe(
     mode="txt2img", prompt="a fox", negative_prompt="", seed=3, width=128, height=128, num_inference_steps=2, guidance_scale=4.0,
@@ -31,23 +30,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path
-
-
-def safetensors(path: Path, value: int = 0, note: str = "") -> Path:
-    """A sound .safetensors file of one byte, made by hand from the format's description."""
-    header = json.dumps({"__metadata__": {"note": note}, "a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes([value]))
-    return path
-
-
-def sha256(path: str | Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def picture(path: str, colour: int = 0) -> str:
-    Image.new("RGB", (8, 8), (colour, 0, 0)).save(path)
-    return path
 
 
 def draw_again(chunks: dict[str, str] | Recipe, *argv: str) -> tuple[dict[str, Any], AppConfig, list[str]]:
