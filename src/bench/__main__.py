@@ -1,4 +1,4 @@
-"""python -m src.bench [start|swap] : time what the project promises, on this machine. Later parts: memory, speed, train."""
+"""python -m src.bench [start|swap] : time what the project promises, on this machine."""
 
 from __future__ import annotations
 
