@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from src.arguments import build_config, help_text, parse_arguments
-from src.errors import ExitCode, UserError
+from src.errors import ExitCode, UserError, explain_unexpected
 from src.schedulers import list_schedulers
 from src.terminal import Terminal
 from src.version import VERSION
@@ -35,9 +35,7 @@ def main(argv: Sequence[str]) -> int:
     except Exception as error:
         if "--debug" in argv:
             raise
-        first_line = (str(error).strip() or "no message").splitlines()[0]
-        message = f"unexpected {type(error).__name__}: {first_line}; run again with --debug to see where"
-        terminal.error(message, ExitCode.FAILURE)
+        terminal.error(explain_unexpected(error), ExitCode.FAILURE)
         return ExitCode.FAILURE
 
 

@@ -154,6 +154,14 @@ def full_name(name: str) -> str:
     return SETTING_ALIASES.get(name.strip(), name.strip())
 
 
+def check_types(config: AppConfig) -> None:
+    """Bring every setting to its type, paths to text, or refuse it: in Python the fields can be set to anything."""
+    for name in setting_names():
+        section, _, key = name.partition(".")
+        value = getattr(getattr(config, section), key)
+        set_value(config, name, os.fspath(value) if isinstance(value, os.PathLike) else value)
+
+
 def check_machine(model: ModelConfig) -> None:
     """Refuse names of devices and precisions that exist on no machine, before torch is asked. Raises UserError (usage)."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", model.device):

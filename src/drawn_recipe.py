@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from src import files, optimizations
 from src.config import GenerationConfig
+from src.named_files import tensors_sha256
 from src.recipe import LoraRef, ModelRef, PictureRef, Recipe
 from src.request import PictureRequest
 from src.schedulers import find_sampler
@@ -69,7 +70,10 @@ def describe_picture(
 
 
 def _lora_ref(item: Attached) -> LoraRef:
-    return LoraRef(item.adapter.name, item.choice.weight, item.adapter.sha256, item.report.matched, item.report.total)
+    adapter, report = item.adapter, item.report
+    # A1111 knows a LoRA by the hash of its tensors; a folder of several files has none.
+    tensors = tensors_sha256(adapter.files[0]) if len(adapter.files) == 1 else None
+    return LoraRef(adapter.name, item.choice.weight, adapter.sha256, report.matched, report.total, tensors)
 
 
 def _picture_ref(picture: Path | Image.Image | None) -> PictureRef | None:

@@ -43,3 +43,9 @@ def not_found(message: str) -> UserError:
 def refused(message: str) -> UserError:
     """An input that is there but must not or cannot be used."""
     return UserError(message, ExitCode.REFUSED)
+
+
+def explain_unexpected(error: BaseException) -> str:
+    """One line for an error that nobody foresaw: a fault of the program, to be looked at with ``--debug``."""
+    first_line = (str(error).strip() or "no message").splitlines()[0]
+    return f"unexpected {type(error).__name__}: {first_line}; run again with --debug to see where"

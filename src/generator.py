@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from src import base_models, conditioning, denoising, files, images, memory_plan, model_shapes, optimizations, prompts
-from src.config import AppConfig, ModelConfig
+from src.config import AppConfig, ModelConfig, check_types
 from src.drawn_recipe import describe_picture
 from src.errors import ExitCode, UserError, usage_error
 from src.lora import AdapterStack, LoraReport
@@ -77,6 +77,8 @@ class TextToImageGenerator:
         """Load the configured model and place it by a memory plan; loaded adapters are kept. Raises UserError."""
         loras = self._loras
         self.unload()
+        self._loras = loras  # at once: should loading fail, they are attached when it succeeds
+        check_types(self.config)
         started = time.monotonic()
         self._model = model = base_models.load(self.config)
         self._loaded_from = replace(self.config.model)
@@ -87,7 +89,7 @@ class TextToImageGenerator:
         self.say(f"model   {model.name} ({model.family}), {model.precision} on {model.device}, {seconds:.1f} s")
         request = PictureRequest.from_config(self.config.generation, prompt="-")
         self._within_memory(request, lambda: self._place(request))
-        self.set_loras(loras)
+        self._use(loras)
 
     def unload(self) -> None:
         """Free the model, its adapters and the memory they held."""
@@ -160,7 +162,8 @@ class TextToImageGenerator:
         if self._plan.placement == failed.placement:
             size = f"{request.width or self._model.native_size_px}x{request.height or self._model.native_size_px}"
             wanted = f"{size}, batch size {request.batch_size}, plan {failed.placement.name}"
-            raise UserError(f"out of memory ({wanted}); use --batch-size 1 or a smaller size", ExitCode.OUT_OF_MEMORY)
+            way_out = "use --batch-size 1 or a smaller size" if request.batch_size > 1 else "use a smaller size or model"
+            raise UserError(f"out of memory ({wanted}); {way_out}", ExitCode.OUT_OF_MEMORY)
 
     # -- adapters
 
@@ -170,7 +173,9 @@ class TextToImageGenerator:
         Returns what was matched. Raises UserError for an adapter that is missing, damaged, of another model family,
         or (unless ``allow_partial`` is set) fits only in part; the adapters loaded before stay as they were.
         """
-        return self.set_loras([*self._loras, LoraChoice(Path(path).expanduser(), scale)])[-1]
+        choice = LoraChoice(path, scale)
+        self.set_loras([*self._loras, choice])
+        return next(item.report for item in self._shelf.attached if item.choice.path.resolve() == choice.path.resolve())
 
     def unload_lora_weights(self) -> None:
         """Take all adapters off: the base's output is back, bit for bit."""
@@ -298,6 +303,7 @@ class TextToImageGenerator:
     ) -> Iterator[Image.Image]:
         """Draw one batch and yield its pictures with their recipes."""
         self._use(batch[0].loras)
+        self._within_memory(request, lambda: self._place(request))  # adapters take memory, too
         model, attached, started = self._model, self._shelf.attached, time.monotonic()
         optimizations.reset_peak(model.device)
         latents = self._within_memory(request, lambda: self._denoise(request, batch, start, report))

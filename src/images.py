@@ -21,7 +21,7 @@ from typing import BinaryIO
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from src.errors import UserError, refused
-from src.files import publish_numbered, require_file
+from src.files import publish_numbered, require_file, safe_join
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 MAX_PIXELS = 89_000_000  # below the size at which Pillow itself begins to suspect a decompression bomb
@@ -119,8 +119,12 @@ def encode_png(image: Image.Image, text: dict[str, str]) -> bytes:
 def save_picture(image: Image.Image, folder: Path, stem: str, start: int = 0) -> Path:
     """Save as ``STEM_NNN.png`` under the first free number from ``start``, with the texts in ``image.info``; returns the path.
 
-    Other values in ``image.info`` stay out of the file. Raises UserError (failure) when the disk says no.
+    Other values in ``image.info`` stay out of the file. Raises UserError: refused for a stem that is no plain file name,
+    failure when the disk says no.
     """
+    if not stem or set(stem) & set("/\\"):
+        raise refused(f"{stem!r}: is no start of a file name; name the folder apart from it")
+    safe_join(folder, f"{stem}_{start:03d}.png")
     text = {key: value for key, value in image.info.items() if isinstance(value, str)}
     path = publish_numbered(folder, lambda number: f"{stem}_{number:03d}.png", encode_png(image, text), start)
     return folder / path.name  # as the folder was given, not as it resolves

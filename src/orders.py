@@ -137,5 +137,6 @@ def check_surroundings(typed: dict[str, Any], config: AppConfig) -> Wishes:
         grid="grid" in typed,
         preview_every=typed.get("preview"),
         metadata="no_metadata" not in typed,
+        debug="debug" in typed,
         journal=journal,
     )

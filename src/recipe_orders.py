@@ -215,17 +215,19 @@ def _follow_loras(recipe: ParsedRecipe, typed: dict[str, Any], config: AppConfig
 
 
 def _find_lora(recorded: LoraRef, config: AppConfig, named: NamedFiles, say: Say) -> Path:
+    """The adapter of a recipe among the user's own: of several with its name the one with its hash."""
     folder = config.paths.folder("lora")
-    try:
-        path = LoraChoice.named(folder, recorded.name).path
-    except UserError:
-        raise not_found(f"the recipe's LoRA '{recorded.name}' is not in {folder}; give it with --lora PATH") from None
-    named.check_adapter(path)
-    here, then = named.adapter_sha256(path), recorded.sha256
-    if then is None and recorded.tensors_sha256 is not None and path.is_file():
-        here, then = tensors_sha256(path), recorded.tensors_sha256
-    if then is not None and not here.startswith(then):
-        say(
-            f"recipe  {path} is not the LoRA '{recorded.name}' of then ({then[:10]}, here {here[:10]}): the picture will differ"
-        )
-    return path
+    found = LoraChoice.all_named(folder, recorded.name)
+    if not found:
+        raise not_found(f"the recipe's LoRA '{recorded.name}' is not in {folder}; give it with --lora PATH")
+    differences = []
+    for path in found:
+        named.check_adapter(path)
+        here, then = named.adapter_sha256(path), recorded.sha256
+        if then is None and recorded.tensors_sha256 is not None and path.is_file():
+            here, then = tensors_sha256(path), recorded.tensors_sha256
+        if then is None or here.startswith(then):
+            return path
+        differences.append(f"{then[:10]}, here {here[:10]}")
+    say(f"recipe  {found[0]} is not the LoRA '{recorded.name}' of then ({differences[0]}): the picture will differ")
+    return found[0]

@@ -57,10 +57,15 @@ class LoraChoice:
                 pass
         return cls(Path(text))
 
+    @staticmethod
+    def all_named(folder: Path, name: str) -> list[Path]:
+        """Every file or folder of that name in ``folder``, at any depth, in the order of their paths."""
+        return sorted(path for path in folder.rglob("*") if path.name in (name, f"{name}.safetensors"))
+
     @classmethod
     def named(cls, folder: Path, name: str, weight: float = 1.0) -> LoraChoice:
         """The adapter that a prompt calls ``<lora:name:weight>``: a file or folder of that name in ``folder``, at any depth."""
-        found = sorted(path for path in folder.rglob("*") if path.name in (name, f"{name}.safetensors"))
+        found = cls.all_named(folder, name)
         if found:
             return cls(found[0], weight)
         names = {path.stem if path.is_file() else path.name for path in folder.rglob("*")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from src import files, images
-from src.errors import ExitCode, UserError
+from src.errors import ExitCode, UserError, explain_unexpected
 from src.jobs import Journal
 from src.request import PictureRequest
 from src.terminal import Terminal
@@ -43,6 +44,7 @@ class Wishes:
     grid: bool = False
     preview_every: int | None = None
     metadata: bool = True
+    debug: bool = False  # show the tracebacks of unexpected errors
     journal: Journal | None = None  # with one, finished pictures are not drawn again
 
 
@@ -90,7 +92,9 @@ class Session:
         except Exception as error:
             if job.line is None:
                 raise
-            self._terminal.error(f"unexpected {type(error).__name__}: {error}", ExitCode.FAILURE, job.line)
+            if self._wishes.debug:
+                traceback.print_exception(error)
+            self._terminal.error(explain_unexpected(error), ExitCode.FAILURE, job.line)
             return False
         return True
 

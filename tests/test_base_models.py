@@ -23,8 +23,8 @@ from src.downloads import REFERENCE_REPOSITORIES
 from src.errors import ExitCode
 from tests import original_layout
 from tests.hub_server import serve
-from tests.test_model_source import refusal
 from tests.tiny import pipelines as tiny
+from tests.tiny.model_folders import refusal
 
 KINDS = {"SD1": lambda: tiny.sd1(), "SD2": lambda: tiny.sd1(linear=True), "SDXL": lambda: tiny.sdxl()}
 UNET = "unet/diffusion_pytorch_model.safetensors"

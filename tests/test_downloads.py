@@ -26,7 +26,7 @@ from src.downloads import REFERENCE_REPOSITORIES, download_model, download_token
 from src.errors import ExitCode, UserError
 from src.model_source import resolve, resolve_vae
 from tests.hub_server import COMMIT, Hub, serve
-from tests.test_model_source import CHECKER, SD1, SDXL, refusal
+from tests.tiny.model_folders import CHECKER, SD1, SDXL, refusal
 
 ID = "owner/name"
 WEIGHTS = {

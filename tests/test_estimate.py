@@ -14,7 +14,7 @@ from src.estimate import Answer, estimate
 from src.memory_plan import ELEMENT_BYTES, GIB, PLANS, Request, predict
 from src.model_shapes import bundled_shapes
 from src.request import LoraChoice, PictureRequest
-from tests.test_model_source import model, safetensors
+from tests.tiny.model_folders import model, safetensors
 
 CARDS = [devices.Card("NVIDIA One", 8 * GIB, 7 * GIB, 0), devices.Card("NVIDIA Two", 24 * GIB, 20 * GIB, 1)]
 

@@ -19,6 +19,7 @@ from src import denoising, images
 from src.config import AppConfig
 from src.errors import ExitCode, UserError
 from src.generator import Step, TextToImageGenerator
+from src.request import PictureRequest
 from src.schedulers import build_scheduler, find_sampler
 from tests.tiny import pipelines
 
@@ -146,6 +147,10 @@ def test_an_inpainting_unet_with_nine_channels_equals_diffusers(tmp_path) -> Non
     ).images[0]
     (mine,) = generator.generate(PROMPT, NEGATIVE, init_image=start, mask_image=mask, strength=1.0, seed=SEED)
     assert largest_difference(mine, expected) <= 1
+    settings = {"init_image": start, "mask_image": mask, "strength": 0.8}
+    alone = [generator.generate(PROMPT, seed=index, **settings)[0] for index in range(2)]
+    together = generator.generate(PROMPT, seed=0, num_images=2, batch_size=2, **settings)
+    assert max(map(largest_difference, alone, together)) <= 1
     with pytest.raises(UserError, match="--mask"):
         generator.generate(PROMPT)
 
@@ -184,7 +189,32 @@ def test_seeds_wrap_at_32_bits(sd1) -> None:
     assert [json.loads(picture.info["recipe"])["seed"] for picture in pictures] == [2**32 - 1, 0]
 
 
+def test_a_prompt_out_of_a_recipe_is_final(sd1) -> None:
+    """Its wildcards were filled in when it was recorded; braces that are left were meant as braces."""
+    request = PictureRequest.from_config(sd1.config.generation, "a {red|blue} circle", seed=1, wildcards=False)
+    (picture,) = sd1.draw(request)
+    assert json.loads(picture.info["recipe"])["prompt"] == "a {red|blue} circle"
+
+
+def test_image_to_image_is_the_same_at_any_batch_size(sd1, tmp_path) -> None:
+    mask = Image.new("L", (64, 64), 255)
+    for settings in (
+        {"init_image": gradient(64, 64)},
+        {"init_image": gradient(64, 64), "mask_image": mask, "scheduler": "Euler a"},
+    ):
+        alone = [sd1.generate(PROMPT, seed=SEED + index, **settings)[0] for index in range(2)]
+        together = sd1.generate(PROMPT, seed=SEED, num_images=2, batch_size=2, **settings)
+        assert max(map(largest_difference, alone, together)) <= 1
+
+
 # -- files and recipes
+
+
+@pytest.mark.parametrize("prefix", ["../x", "a/b", "..\\x", "a\0b"])
+def test_a_prefix_is_a_name_and_no_path(sd1, tmp_path, prefix: str) -> None:
+    with pytest.raises(UserError):
+        sd1.save_images([gradient(64, 64)], prefix=prefix)
+    assert not [path for path in tmp_path.rglob("*.png")]
 
 
 def test_saved_pictures_carry_their_recipe_and_never_overwrite(sd1, tmp_path) -> None:

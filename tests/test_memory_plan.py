@@ -27,7 +27,7 @@ from src.memory_plan import (
 )
 from src.model_shapes import bundled_shapes
 from src.request import PictureRequest
-from tests.test_model_source import safetensors
+from tests.tiny.model_folders import safetensors
 
 SD15, SDXL = Request(512, 512), Request(1024, 1024)
 CARD_PLANS = PLANS[:-1]
