@@ -26,9 +26,9 @@ from diffusers.loaders import single_file_utils
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from safetensors.torch import load_file
 
-from src import downloads, model_files, model_source
-from src.config import PRECISIONS, AppConfig
-from src.errors import refused, usage_error
+from src import devices, downloads, model_files, model_source
+from src.config import AppConfig, ModelConfig, check_machine
+from src.errors import refused
 from src.model_files import Family
 from src.tensor_files import read_header
 
@@ -113,38 +113,28 @@ def load(config: AppConfig) -> LoadedModel:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` -> the first of cuda, mps and cpu that is there. Raises UserError (usage) for one that is not."""
-    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if name == "auto":
-        return torch.device("cuda" if has_cuda else "mps" if has_mps else "cpu")
-    kind, _, number = name.partition(":")
-    if kind not in {"cuda", "mps", "cpu"} or (":" in name and not (kind == "cuda" and number.isascii() and number.isdigit())):
-        raise usage_error(f"device '{name}' is not known; choose auto, cuda, cuda:N, mps or cpu")
-    if kind == "cuda" and not has_cuda:
-        without = torch.version.cuda is None and torch.version.hip is None
-        why = "this torch is built for the CPU alone" if without else "torch finds no card"
-        raise usage_error(f"device '{name}' cannot be used: {why}; use --device cpu, or install the torch for your card")
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        raise usage_error(f"device '{name}' is not there; the cards are cuda:0 to cuda:{torch.cuda.device_count() - 1}")
-    if kind == "mps" and not has_mps:
-        raise usage_error("device 'mps' is only on Macs with Apple silicon; use --device cpu")
-    return torch.device(name)
+    """``auto`` -> the first of cuda, mps and cpu that torch finds. Raises UserError (usage) for one that is not there."""
+    check_machine(ModelConfig(device=name))
+    for_cpu_alone = torch.version.cuda is None and torch.version.hip is None
+    return torch.device(
+        devices.pick_device(
+            name,
+            card_count=torch.cuda.device_count() if torch.cuda.is_available() else 0,
+            has_mps=torch.backends.mps.is_available(),
+            why_no_card="this torch is built for the CPU alone" if for_cpu_alone else "torch finds no card",
+        )
+    )
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     """``auto`` -> fp16 on a card; on a CPU bf16 where it computes in it (AMX, AVX512-BF16), else fp32.
 
-    fp16 on a CPU is refused: it is emulated there, which is slower than fp32. Raises UserError (usage).
+    Raises UserError (usage) for an unknown precision, and for fp16 on a CPU.
     """
-    if precision not in PRECISIONS:
-        raise usage_error(f"precision '{precision}' is not known; choose {', '.join(PRECISIONS)}")
-    if precision == "fp16" and device.type == "cpu":
-        raise usage_error("precision fp16 needs a graphics card, a CPU is slower with it than with fp32; choose bf16 or fp32")
-    if precision == "auto":
-        abilities = torch.cpu.get_capabilities()
-        on_cpu = "bf16" if abilities.get("amx_bf16") or abilities.get("avx512_bf16") else "fp32"
-        precision = on_cpu if device.type == "cpu" else "fp16"
-    return DTYPES[precision]
+    check_machine(ModelConfig(precision=precision))
+    abilities = torch.cpu.get_capabilities()
+    cpu_bf16 = bool(abilities.get("amx_bf16") or abilities.get("avx512_bf16"))
+    return DTYPES[devices.pick_precision(precision, on_card=device.type != "cpu", cpu_bf16=cpu_bf16)]
 
 
 def _precision(dtype: torch.dtype) -> str:
