@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from src import devices, memory_plan, model_files, model_shapes, model_source
+from src import devices, images, memory_plan, model_files, model_shapes, model_source
 from src.config import AppConfig, check_machine
 from src.errors import not_found, refused
 from src.memory_plan import GIB
@@ -68,6 +68,9 @@ def estimate(config: AppConfig, request: PictureRequest) -> Answer:
     check_machine(config.model)
     place = _find_place(config)
     source, shapes = _find_model(config)
+    if isinstance(request.init_image, Path):  # as the run does, the size follows the picture that is drawn over
+        width_px, height_px = images.fitting_size(images.read_image(request.init_image).size, shapes.native_px)
+        request = replace(request, width=request.width or width_px, height=request.height or height_px)
     need = memory_plan.Request.of(
         request, shapes.native_px, place.precision,
         lora_bytes=memory_plan.adapter_bytes(_adapter_files(config, request), place.precision),

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from src import devices
 from src.config import AppConfig, load_config
@@ -136,6 +137,14 @@ def test_sizes_come_from_the_model_unless_they_are_given(machine):
     assert "768x768" in ask("sd21").text()
     assert "512x768" in ask("sd21", width=512).text()
     assert "128x128" in ask("embedded").text()
+
+
+def test_the_size_follows_the_picture_that_is_drawn_over(machine, tmp_path):
+    Image.new("RGB", (768, 512)).save(tmp_path / "start.png")
+    config = load_config("sd15")
+    start = {"init_image": tmp_path / "start.png"}
+    assert "768x512" in estimate(config, PictureRequest.from_config(config.generation, "-", **start)).text()
+    assert "640x512" in estimate(config, PictureRequest.from_config(config.generation, "-", width=640, **start)).text()
 
 
 def test_a_model_on_disk_is_checked_as_in_a_run(machine, tmp_path):
