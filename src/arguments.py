@@ -1,17 +1,9 @@
-"""The command line: one table of flags, the parser made of it, and what was typed turned into settings.
-
-A flag has no default: the dataclasses of config.py have it, and the help text reads it from there. ``--cfg-scale`` and
-``--cfg_scale`` are the same flag.
-"""
+"""The command line of main.py: its table of flags, and what was typed turned into settings."""
 
 from __future__ import annotations
 
-import argparse
-import difflib
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from src.config import (
     DEVICES,
@@ -27,6 +19,7 @@ from src.config import (
     set_value,
 )
 from src.errors import usage_error
+from src.flags import CommandLine, Flag, switch
 from src.schedulers import PRESETS, apply_preset, find_sampler
 
 USAGE = """python main.py "PROMPT" [options]
@@ -44,33 +37,6 @@ exit codes: 0 done, 1 failure, 2 wrong usage, 3 out of memory, 4 not found, 5 so
             130 interrupted (finished pictures are kept)"""
 
 
-@dataclass(frozen=True, slots=True)
-class Flag:
-    """One flag: its spellings, the setting that it fills (or None), its type (None: a switch), and its help."""
-
-    names: tuple[str, ...]
-    help: str
-    setting: str | None = None
-    kind: type | None = str
-    metavar: str | None = None
-    value: Any = True  # what a switch sets
-    repeat: bool = False
-    in_jobs: bool = False  # may stand in a line of a job file
-    choices: Sequence[str] | None = None
-
-    @property
-    def dest(self) -> str:
-        return self.setting or self.names[0].lstrip("-").replace("-", "_")
-
-    @property
-    def takes_value(self) -> bool:
-        return self.kind is not None
-
-
-def _switch(name: str, help: str, setting: str | None = None, value: bool = True, in_jobs: bool = False) -> Flag:
-    return Flag((name,), help, setting, None, value=value, in_jobs=in_jobs)
-
-
 _DEFAULT_MODEL = AppConfig().model.model_id
 
 FLAGS: dict[str, tuple[Flag, ...]] = {
@@ -83,7 +49,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag(("--seed",), "picture i is drawn with seed+i; absent or -1: random, and printed", "generation.seed", int, "N", in_jobs=True),
         Flag(("--num", "-n", "--count", "--num-images"), "how many pictures", "generation.num_images", int, "N", in_jobs=True),
         Flag(("--batch-size",), "how many at once; the pictures are the same", "generation.batch_size", int, "N", in_jobs=True),
-        _switch("--no-prompt-weights", "take brackets in the prompt literally", "generation.prompt_weights", False, in_jobs=True),
+        switch("--no-prompt-weights", "take brackets in the prompt literally", "generation.prompt_weights", False, in_jobs=True),
         Flag(("--clip-skip",), "A1111's count: 1 last layer, 2 the one before", "generation.clip_skip", int, "N", in_jobs=True),
     ),
     "how to sample": (
@@ -101,127 +67,95 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
     "model": (
         Flag(("--model", "-m"), f"preset name, hub id, diffusers folder, .safetensors file, or embedded (default: {_DEFAULT_MODEL})", metavar="MODEL"),
         Flag(("--lora",), "adapter file or folder, with a weight; may be repeated", metavar="PATH[:W]", repeat=True, in_jobs=True),
-        _switch("--allow-partial", "use an adapter of which only a part fits"),
+        switch("--allow-partial", "use an adapter of which only a part fits"),
         Flag(("--vae",), "another VAE: hub id, folder or .safetensors file", "model.vae", metavar="VAE"),
         Flag(("--architecture",), "folder or preset with the configs of an unusual single file", "model.architecture", metavar="FOLDER"),
         Flag(("--revision",), "branch, tag or commit of a hub model", "model.revision", metavar="REV"),
-        _switch("--offline", "never touch the network", "model.offline"),
-        _switch("--no-safety-checker", "draw without the safety checker that a model ships", "optimization.disable_safety_checker"),
+        switch("--offline", "never touch the network", "model.offline"),
+        switch("--no-safety-checker", "draw without the safety checker that a model ships", "optimization.disable_safety_checker"),
     ),
     "machine": (
         Flag(("--device",), " | ".join(DEVICES), "model.device", metavar="NAME"),
         Flag(("--precision",), " | ".join(PRECISIONS), "model.precision", metavar="NAME", choices=PRECISIONS),
         Flag(("--max-vram",), "plan as if the card had this much, in GiB", "optimization.max_vram_gb", float, "GB"),
-        _switch("--model-cpu-offload", "one component on the card at a time", "optimization.enable_model_cpu_offload"),
-        _switch("--sequential-cpu-offload", "one layer on the card at a time: smallest, slowest", "optimization.enable_sequential_cpu_offload"),
-        _switch("--attention-slicing", "for cards without an efficient kernel; slower elsewhere", "optimization.enable_attention_slicing"),
-        _switch("--vae-slicing", "encode one picture at a time; decoding is one at a time in any case", "optimization.enable_vae_slicing"),
-        _switch("--vae-tiling", "let the VAE work in tiles", "optimization.enable_vae_tiling"),
-        _switch("--xformers", "xformers' attention kernels", "optimization.enable_xformers"),
-        _switch("--torch-compile", "compile the U-Net; pays for many pictures", "optimization.enable_torch_compile"),
-        _switch("--channels-last", "another memory layout of convolutions", "optimization.enable_channels_last"),
+        switch("--model-cpu-offload", "one component on the card at a time", "optimization.enable_model_cpu_offload"),
+        switch("--sequential-cpu-offload", "one layer on the card at a time: smallest, slowest", "optimization.enable_sequential_cpu_offload"),
+        switch("--attention-slicing", "for cards without an efficient kernel; slower elsewhere", "optimization.enable_attention_slicing"),
+        switch("--vae-slicing", "encode one picture at a time; decoding is one at a time in any case", "optimization.enable_vae_slicing"),
+        switch("--vae-tiling", "let the VAE work in tiles", "optimization.enable_vae_tiling"),
+        switch("--xformers", "xformers' attention kernels", "optimization.enable_xformers"),
+        switch("--torch-compile", "compile the U-Net; pays for many pictures", "optimization.enable_torch_compile"),
+        switch("--channels-last", "another memory layout of convolutions", "optimization.enable_channels_last"),
     ),
     "output": (
         Flag(("--output", "-o"), "folder for the pictures", "paths.outputs", metavar="DIR"),
         Flag(("--prefix",), "start of the file names", "paths.prefix", metavar="NAME"),
-        _switch("--grid", "also a contact sheet of all pictures"),
+        switch("--grid", "also a contact sheet of all pictures"),
         Flag(("--preview",), "write a small preview.png every N steps", kind=int, metavar="N"),
-        _switch("--no-metadata", "do not store the recipe in the pictures"),
-        _switch("--json", "one JSON line per picture on stdout"),
+        switch("--no-metadata", "do not store the recipe in the pictures"),
+        switch("--json", "one JSON line per picture on stdout"),
     ),
     "many jobs": (
         Flag(("--prompts",), "a job a line: a prompt, or flags such as --prompt \"a cat\" --seed 7; '-' reads stdin", metavar="FILE"),
-        _switch("--redo", "draw jobs again that an earlier run finished"),
+        switch("--redo", "draw jobs again that an earlier run finished"),
     ),
     "configuration": (
         Flag(("--config",), "preset or YAML file; may be repeated, the later wins", metavar="NAME|FILE", repeat=True),
         Flag(("--set",), "any setting, e.g. --set generation.steps=30", metavar="A.B=C", repeat=True),
     ),
     "information": (
-        _switch("--estimate-vram", "say what the run would need and which plan it would take; loads nothing"),
-        _switch("--list-schedulers", "print the samplers and presets"),
-        _switch("--version", "print the version"),
-        _switch("--verbose", "let the libraries' own messages through"),
-        _switch("--debug", "show the traceback of an error"),
+        switch("--estimate-vram", "say what the run would need and which plan it would take; loads nothing"),
+        switch("--list-schedulers", "print the samplers and presets"),
+        switch("--version", "print the version"),
+        switch("--verbose", "let the libraries' own messages through"),
+        switch("--debug", "show the traceback of an error"),
         Flag(("--help", "-h"), "print this", kind=None),
     ),
 }  # fmt: skip
 
 FLAG_OF = {name: flag for flags in FLAGS.values() for flag in flags for name in flag.names}
-_FLAG_OF_DEST = {flag.dest: flag for flag in FLAG_OF.values()}
-_LOOKS_LIKE_A_FLAG = re.compile(r"--[A-Za-z][\w-]*(=.*)?", re.DOTALL)
+JOB_FLAGS = {title: [flag for flag in flags if flag.in_jobs] for title, flags in FLAGS.items()}
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse that raises our one-line error in place of its usage dump."""
+def _command_line(in_jobs: bool) -> CommandLine:
+    return CommandLine(
+        JOB_FLAGS if in_jobs else FLAGS,
+        prog="main.py", usage=USAGE, epilog=EPILOG, words="PROMPT",
+        description="Draw pictures from text with Stable Diffusion on a small graphics card or a plain CPU.",
+        defaults=AppConfig().to_dict(), elsewhere=FLAG_OF if in_jobs else {}, default_note=_sampler_label,
+    )  # fmt: skip
 
-    def error(self, message: str) -> NoReturn:
-        unknown = message.removeprefix("unrecognized arguments: ")
-        if unknown != message:
-            flag = unknown.split()[0]
-            if flag.partition("=")[0] in FLAG_OF:
-                raise usage_error(f"{flag} cannot differ from job to job; give it on the command line")
-            close = difflib.get_close_matches(flag.partition("=")[0], FLAG_OF, n=1)
-            hint = f"did you mean {close[0]}?" if close else "see --help"
-            quotes = " (a prompt of several words needs quotes)" if not flag.startswith("-") else ""
-            raise usage_error(f"unknown argument '{flag}'{quotes}; {hint}")
-        if found := re.match(r"argument ([^/:\s]+)[^:]*: (expected one|ignored explicit) argument", message):
-            flag = FLAG_OF[found[1]]
-            if found[2].startswith("ignored"):
-                raise usage_error(f"{flag.names[0]} takes no value; write {flag.names[0]} alone")
-            raise usage_error(f"{flag.names[0]}: its value is missing; write {flag.names[0]} {flag.metavar}")
-        raise usage_error(f"{message}; see --help")
+
+def _sampler_label(flag: Flag) -> str:
+    if flag.setting != "generation.scheduler":
+        return ""
+    return f", A1111's {find_sampler(AppConfig().generation.scheduler).label}"
+
+
+def help_text() -> str:
+    """What ``--help`` prints."""
+    return _command_line(in_jobs=False).help_text()
 
 
 def parse_arguments(argv: Sequence[str]) -> dict[str, Any]:
     """What was typed, and only that: ``{"generation.width": 768, "lora": [...], "prompt": ...}``."""
-    return _parse(_build_parser(in_jobs=False), argv)
+    return _parse(_command_line(in_jobs=False), argv)
 
 
 def parse_job(argv: Sequence[str]) -> dict[str, Any]:
     """The flags of one line of a job file. Raises UserError for one that cannot differ from job to job."""
-    return _parse(_build_parser(in_jobs=True), argv)
+    return _parse(_command_line(in_jobs=True), argv)
 
 
-def _parse(parser: _Parser, argv: Sequence[str]) -> dict[str, Any]:
-    typed = vars(parser.parse_args(_normalise(argv)))
+def _parse(command_line: CommandLine, argv: Sequence[str]) -> dict[str, Any]:
+    typed = command_line.parse(argv)
+    if "words" in typed and "prompt" in typed:
+        raise usage_error("the prompt is given twice: first and by --prompt; give it once")
     if "words" in typed:
-        words = typed.pop("words")
-        if words is not None and "prompt" in typed:
-            raise usage_error("the prompt is given twice: first and by --prompt; give it once")
-        typed |= {"prompt": words} if words is not None else {}
-    typed = {name: _convert(_FLAG_OF_DEST[name], value) for name, value in typed.items()}
+        typed["prompt"] = typed.pop("words")
     if "size" in typed:
         typed |= _parse_size(typed.pop("size"))
     return typed
-
-
-def _normalise(argv: Sequence[str]) -> list[str]:
-    """``--cfg_scale=7`` -> ``--cfg-scale=7``; a value that begins with "-" is tied to its flag: ``--negative=-blur``."""
-    normal: list[str] = []
-    for word in argv:
-        flag, equals, value = word.partition("=")
-        before = FLAG_OF.get(normal[-1]) if normal else None
-        is_flag = word == "--" or flag in FLAG_OF or _LOOKS_LIKE_A_FLAG.fullmatch(word) is not None
-        if before is not None and before.takes_value and word.startswith("-") and not is_flag:
-            normal[-1] += f"={word}"
-        else:
-            normal.append(flag.replace("_", "-") + equals + value if is_flag else word)
-    return normal
-
-
-def _convert(flag: Flag, value: Any) -> Any:
-    """The text typed after a flag as the flag's type."""
-    if flag.choices is not None and value not in flag.choices:
-        *first, last = flag.choices
-        raise usage_error(f"{flag.names[0]} {value}: choose {', '.join(first)} or {last}")
-    if flag.kind not in (int, float):
-        return value
-    try:
-        return flag.kind(value)
-    except ValueError:
-        wanted = "a whole number" if flag.kind is int else "a number"
-        raise usage_error(f"{flag.names[0]} {value}: expected {wanted}") from None
 
 
 def _parse_size(text: str) -> dict[str, int]:
@@ -229,46 +163,6 @@ def _parse_size(text: str) -> dict[str, int]:
     if not (cross and width.isdigit() and height.isdigit()):
         raise usage_error(f"--size {text}: write it as WIDTHxHEIGHT, e.g. --size 768x512")
     return {"generation.width": int(width), "generation.height": int(height)}
-
-
-def _build_parser(in_jobs: bool) -> _Parser:
-    defaults = AppConfig().to_dict()
-    parser = _Parser(
-        prog="main.py", usage=USAGE, epilog=EPILOG, add_help=False, allow_abbrev=False,
-        argument_default=argparse.SUPPRESS, formatter_class=_HelpFormatter,
-        description="Draw pictures from text with Stable Diffusion on a small graphics card or a plain CPU.",
-    )  # fmt: skip
-    parser.add_argument("words", nargs="?", metavar="PROMPT", default=None, help=argparse.SUPPRESS)
-    for title, flags in FLAGS.items():
-        group = parser.add_argument_group(title)
-        for flag in flags:
-            if not in_jobs or flag.in_jobs:
-                _add(group, flag, defaults)
-    return parser
-
-
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34, width=118)
-
-
-def _add(group: argparse._ArgumentGroup, flag: Flag, defaults: dict[str, dict[str, Any]]) -> None:
-    text = flag.help.replace("%", "%%")
-    if flag.setting and flag.takes_value:
-        section, _, key = flag.setting.partition(".")
-        default = defaults[section][key]
-        label = f", A1111's {find_sampler(default).label}" if key == "scheduler" else ""
-        text += f" (default: {default}{label})" if default not in (None, "") else ""
-    if not flag.takes_value:
-        group.add_argument(*flag.names, dest=flag.dest, action="store_const", const=flag.value, help=text)
-    else:
-        action = "append" if flag.repeat else "store"
-        group.add_argument(*flag.names, dest=flag.dest, metavar=flag.metavar, action=action, help=text)
-
-
-def help_text() -> str:
-    """What ``--help`` prints."""
-    return _build_parser(in_jobs=False).format_help()
 
 
 def build_config(typed: dict[str, Any], recipe_settings: dict[str, Any] | None = None) -> AppConfig:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from src.arguments import build_config, help_text, parse_arguments
-from src.errors import ExitCode, UserError, explain_unexpected
+from src.doors import answer
+from src.errors import ExitCode
 from src.schedulers import list_schedulers
 from src.terminal import Terminal
 from src.version import VERSION
@@ -16,27 +16,7 @@ from src.version import VERSION
 
 def main(argv: Sequence[str]) -> int:
     """Run the program and return its exit code. Errors are one line; ``--debug`` adds the traceback."""
-    terminal = Terminal(as_json="--json" in argv)
-    try:
-        return _run(argv, terminal)
-    except UserError as error:
-        if "--debug" in argv:
-            import traceback
-
-            traceback.print_exception(error)
-        terminal.error(str(error), error.exit_code)
-        return error.exit_code
-    except KeyboardInterrupt:
-        terminal.say("interrupted; the pictures finished so far are kept")
-        return ExitCode.INTERRUPTED
-    except BrokenPipeError:  # the reader of our output is gone, e.g. `| head`
-        sys.stdout = None
-        return ExitCode.FAILURE
-    except Exception as error:
-        if "--debug" in argv:
-            raise
-        terminal.error(explain_unexpected(error), ExitCode.FAILURE)
-        return ExitCode.FAILURE
+    return answer(argv, _run, "interrupted; the pictures finished so far are kept", as_json="--json" in argv)
 
 
 def _run(argv: Sequence[str], terminal: Terminal) -> int:

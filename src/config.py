@@ -108,6 +108,11 @@ SETTING_ALIASES = {
     "generation.sampler": "generation.scheduler",
     "generation.num": "generation.num_images",
     "model.id": "model.model_id",
+    "train.lr": "train.learning_rate",
+    "train.text_encoder_lr": "train.text_encoder_learning_rate",
+    "train.steps": "train.max_steps",
+    "train.epochs": "train.num_epochs",
+    "train.gradient_accumulation": "train.gradient_accumulation_steps",
 }
 
 
@@ -128,23 +133,31 @@ def load_config(*sources: str | Path) -> AppConfig:
     Raises UserError (usage) for an unknown or ill-typed setting, UserError (not found) for a missing file.
     """
     config = AppConfig()
+    set_from(config, *sources)
+    return config
+
+
+def set_from(config: Any, *sources: str | Path) -> None:
+    """Put presets and YAML files over a configuration, the later over the earlier. Raises as ``load_config`` does."""
     for source in sources:
         for name, value in read_settings(source).items():
             try:
                 set_value(config, name, value)
             except UserError as error:
                 raise UserError(f"{Path(source).name}: {error}", error.exit_code) from None
-    return config
 
 
-def set_value(config: AppConfig, name: str, value: Any) -> None:
-    """Set ``"generation.width"`` and the like, converted to the field's type. Text such as ``"30"`` is read as YAML."""
+def set_value(config: Any, name: str, value: Any) -> None:
+    """Set ``"generation.width"`` and the like, converted to the field's type. Text such as ``"30"`` is read as YAML.
+
+    ``config`` is a dataclass of sections, which are dataclasses: AppConfig or the like.
+    """
     name = full_name(name)
     section_name, _, key = name.partition(".")
     section = getattr(config, section_name, None) if section_name in {item.name for item in fields(config)} else None
     known = {item.name for item in fields(section)} if section is not None else set()
     if key not in known:
-        raise usage_error(f"unknown setting '{name}'{_did_you_mean(name)}")
+        raise usage_error(f"unknown setting '{name}'{_did_you_mean(config, name)}")
     kind = typing.get_type_hints(type(section))[key]
     setattr(section, key, _convert(value, kind, name))
 
@@ -154,9 +167,9 @@ def full_name(name: str) -> str:
     return SETTING_ALIASES.get(name.strip(), name.strip())
 
 
-def check_types(config: AppConfig) -> None:
+def check_types(config: Any) -> None:
     """Bring every setting to its type, paths to text, or refuse it: in Python the fields can be set to anything."""
-    for name in setting_names():
+    for name in setting_names(config):
         section, _, key = name.partition(".")
         value = getattr(getattr(config, section), key)
         set_value(config, name, os.fspath(value) if isinstance(value, os.PathLike) else value)
@@ -178,19 +191,20 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     return name.strip(), value.strip()
 
 
-def setting_names() -> list[str]:
-    """Every setting as ``section.name``."""
-    config = AppConfig()
+def setting_names(config: Any = None) -> list[str]:
+    """Every setting as ``section.name``; of AppConfig unless another configuration is given."""
+    config = config or AppConfig()
     return [f"{part.name}.{item.name}" for part in fields(config) for item in fields(getattr(config, part.name))]
 
 
-def _did_you_mean(name: str) -> str:
-    known = setting_names()
-    close = difflib.get_close_matches(name, [*known, *SETTING_ALIASES], n=1, cutoff=0.6)
+def _did_you_mean(config: Any, name: str) -> str:
+    known = setting_names(config)
+    aliases = [alias for alias, meant in SETTING_ALIASES.items() if meant in known]
+    close = difflib.get_close_matches(name, [*known, *aliases], n=1, cutoff=0.6)
     same_key = [item for item in known if item.partition(".")[2] == name.rpartition(".")[2]]
     if close or same_key:
         return f"; did you mean '{(same_key or close)[0]}'?"
-    return "; the sections are " + ", ".join(item.name for item in fields(AppConfig))
+    return "; the sections are " + ", ".join(item.name for item in fields(config))
 
 
 def _find_source(source: str | Path) -> Path:
@@ -198,7 +212,7 @@ def _find_source(source: str | Path) -> Path:
     if path.is_file():
         return path
     preset = PRESETS_FOLDER / f"{source}.yaml"
-    if str(source) in preset_names():
+    if str(source) in preset_names() or (re.fullmatch(r"train/[\w-]+", str(source)) and preset.is_file()):
         return preset
     close = difflib.get_close_matches(str(source), preset_names(), n=1)
     hint = f"; did you mean '{close[0]}'?" if close else f"; presets: {', '.join(preset_names())}"
@@ -226,6 +240,11 @@ def read_settings(source: str | Path) -> dict[str, Any]:
 
 def _convert(value: Any, kind: Any, name: str) -> Any:
     """Return ``value`` as ``kind`` (a plain type or ``type | None``), or refuse: nothing is bent silently."""
+    if kind == tuple[str, ...]:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
+            raise usage_error(f"{name}: expected text or a list of texts, got {value!r}")
+        return tuple(items)
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     target = next(option for option in options if option is not types.NoneType)
     if isinstance(value, str) and target is not str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from src.base_models import LoadedModel
     from src.config import AppConfig
-    from src.lora_shelf import Attached
+    from src.lora.shelf import Attached
     from src.memory_plan import Plan
 
 STACK = ("torch", "diffusers", "transformers", "safetensors")

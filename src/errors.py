@@ -15,7 +15,9 @@ class ExitCode(IntEnum):
     NOT_FOUND = 4  # a model, LoRA or file that is not there (or not cached, while offline)
     PARTLY_FAILED = 5  # some jobs of a batch failed, the others are done
     REFUSED = 6  # an input that is there but must not or cannot be used: pickle, wrong family, damaged, hostile
-    INTERRUPTED = 130
+    DIVERGED = 7  # a training whose loss is no number any more
+    INTERRUPTED = 130  # Ctrl-C
+    TERMINATED = 143  # SIGTERM
 
 
 class UserError(Exception):

@@ -18,8 +18,8 @@ from src import base_models, conditioning, denoising, files, images, memory_plan
 from src.config import AppConfig, ModelConfig, check_types
 from src.drawn_recipe import describe_picture
 from src.errors import ExitCode, UserError, usage_error
-from src.lora import AdapterStack, LoraReport
-from src.lora_shelf import LoraShelf, last_of_each
+from src.lora.shelf import LoraShelf, last_of_each
+from src.lora.stack import AdapterStack, LoraReport
 from src.recipe import to_text_chunks
 from src.request import MAX_SEED, LoraChoice, PictureRequest
 from src.schedulers import build_scheduler, find_sampler

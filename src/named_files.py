@@ -66,7 +66,7 @@ class NamedFiles:
 
 
 def adapter_files(path: Path) -> list[Path]:
-    """The files that an adapter's path stands for, as ``lora_files`` reads them: diffusers', PEFT's, or all."""
+    """The files that an adapter's path stands for, as ``lora.reading`` reads them: diffusers', PEFT's, or all."""
     if not path.is_dir():
         is_peft = path.name == _PEFT_FILE and (path.parent / _PEFT_SETTINGS).is_file()
         return [path, path.parent / _PEFT_SETTINGS] if is_peft else [path]

@@ -12,8 +12,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from src.errors import UserError
-from src.lora import AdapterStack, read_adapter
-from src.lora_formats import original_unet_names
+from src.lora.formats import original_unet_names
+from src.lora.reading import read_adapter
+from src.lora.stack import AdapterStack
 from tests.tiny import adapters
 from tests.tiny.adapters import (
     ATTENTION,

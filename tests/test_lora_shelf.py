@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from src.config import AppConfig
 from src.errors import UserError
 from src.generator import TextToImageGenerator
-from src.lora_shelf import last_of_each
+from src.lora.shelf import last_of_each
 from src.request import LoraChoice
 from tests.tiny import pipelines
 

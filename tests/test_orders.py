@@ -168,7 +168,7 @@ def test_each_file_is_read_once_a_run(here: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_files_and_hash_of_an_adapter_are_those_of_its_reader(here: Path) -> None:
-    from src.lora_files import _find_sources  # torch
+    from src.lora.reading import _find_sources  # torch
 
     safetensors(here / "file" / "a.safetensors")
     safetensors(here / "one" / "b.safetensors")

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save
 
 from src import files
-from src.lora import AdapterStack, read_adapter
+from src.lora.reading import read_adapter
+from src.lora.stack import AdapterStack
 from src.model_files import ARCHITECTURES
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # what diffusers' and most trainers' adapters touch: 128 layers in SD v1.5

@@ -8,7 +8,8 @@ from accelerate import cpu_offload
 from safetensors.torch import load_file, save_file
 
 from src.errors import ExitCode, UserError
-from src.lora import AdapterStack, read_adapter
+from src.lora.reading import read_adapter
+from src.lora.stack import AdapterStack
 from tests.tiny import adapters
 from tests.tiny.adapters import (
     EVERYTHING,

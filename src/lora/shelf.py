@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from src.lora import Adapter, AdapterStack, LoraReport, read_adapter
+from src.lora.reading import Adapter, read_adapter
+from src.lora.stack import AdapterStack, LoraReport
 from src.request import LoraChoice
 
 KEPT_ADAPTERS = 4  # stay in memory after use, so that swapping back is instant

@@ -1,4 +1,4 @@
-"""Adapter files and folders on the disk: find, check and read them. What their tensors mean stands in src/lora_formats.py."""
+"""Adapter files and folders on the disk: find, check and read them. What their tensors mean stands in src/lora/formats.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from src.errors import not_found, refused
 from src.files import sha256_of
-from src.lora_formats import LoraLayer, ScaleRule, Where, assemble, guess_family, refuse_other_kinds, split_names
+from src.lora.formats import LoraLayer, ScaleRule, Where, assemble, guess_family, refuse_other_kinds, split_names
 from src.tensor_files import Header, missing, quoted, read_header, refuse_pickle
 
 MAX_ADAPTER_TENSORS = 20_000

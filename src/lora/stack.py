@@ -1,4 +1,4 @@
-"""LoRA adapters of any common origin: attach, detach, report. `read_adapter` (src/lora_files.py) reads them.
+"""LoRA adapters of any common origin: attach, detach, report. `read_adapter` (src/lora/reading.py) reads them.
 
 An adapter is attached with forward hooks: the module computes what it always did, and ``up(down(x))`` is added to its
 output. No weight of the model is ever changed, so taking the hooks off gives the model back bit for bit, and an adapter
@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.errors import refused, usage_error
-from src.lora_files import Adapter, read_adapter
-from src.lora_formats import LoraLayer, module_aliases
+from src.lora.formats import LoraLayer, module_aliases
+from src.lora.reading import Adapter, read_adapter
 from src.tensor_files import quoted
 
 __all__ = ["Adapter", "AdapterStack", "LoraReport", "read_adapter"]

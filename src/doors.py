@@ -1,0 +1,36 @@
+"""What every door does: answer with an exit code, say an error in one line, and keep the traceback for ``--debug``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from src.errors import ExitCode, UserError, explain_unexpected
+from src.terminal import Terminal
+
+
+def answer(
+    argv: Sequence[str], action: Callable[[Sequence[str], Terminal], int], on_interrupt: str, as_json: bool = False
+) -> int:
+    """Run ``action(argv, terminal)`` and return the exit code; ``on_interrupt`` is said after Ctrl-C."""
+    terminal = Terminal(as_json=as_json)
+    try:
+        return action(argv, terminal)
+    except UserError as error:
+        if "--debug" in argv:
+            import traceback
+
+            traceback.print_exception(error)
+        terminal.error(str(error), error.exit_code)
+        return error.exit_code
+    except KeyboardInterrupt:
+        terminal.say(on_interrupt)
+        return ExitCode.INTERRUPTED
+    except BrokenPipeError:  # the reader of our output is gone, e.g. `| head`
+        sys.stdout = None
+        return ExitCode.FAILURE
+    except Exception as error:
+        if "--debug" in argv:
+            raise
+        terminal.error(explain_unexpected(error), ExitCode.FAILURE)
+        return ExitCode.FAILURE
