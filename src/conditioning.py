@@ -56,12 +56,39 @@ def encode(pipeline: Pipeline, prompt: str, negative_prompt: str, *, clip_skip: 
     SDXL's negative is all zeros when it is empty and the model says so (``force_zeros_for_empty_prompt``), as in
     diffusers and A1111.
     """
-    chunked = {text: _chunk_for_all(pipeline, text, weighted) for text in (prompt, negative_prompt)}
-    count = max(len(chunks) for per_encoder in chunked.values() for chunks in per_encoder)
-    positive, negative = (_embed(pipeline, chunked[text], count, clip_skip) for text in (prompt, negative_prompt))
+    prompts = (prompt, negative_prompt)
+    count = max(count_chunks(pipeline, text, weighted=weighted) for text in prompts)
+    with torch.no_grad():
+        positive, negative = (embed(pipeline, text, count, clip_skip=clip_skip, weighted=weighted) for text in prompts)
     if positive.pooled is not None and not negative_prompt and pipeline.config.get("force_zeros_for_empty_prompt"):
         negative = Embedding(torch.zeros_like(negative.tokens), torch.zeros_like(negative.pooled))
     return Conditioning(positive, negative)
+
+
+def count_chunks(pipeline: Pipeline, text: str, *, weighted: bool = False) -> int:
+    """How many windows of the text encoders a text fills: at least one."""
+    return max(map(len, _chunk_for_all(pipeline, text, weighted)))
+
+
+def embed(pipeline: Pipeline, text: str, chunks: int, *, clip_skip: int = 1, weighted: bool = False) -> Embedding:
+    """Embed one text by every encoder of the pipeline, filled up to ``chunks`` windows; with gradients, where they are on."""
+    per_encoder = _chunk_for_all(pipeline, text, weighted)
+    is_sdxl = len(per_encoder) == 2
+    parts, pooled = [], None
+    for (tokenizer, encoder), own_chunks in zip(_encoders(pipeline), per_encoder):
+        ids, weights = _pad(tokenizer, encoder, own_chunks, chunks)
+        output = encoder(ids.to(_device(pipeline, encoder)), output_hidden_states=True)
+        hidden = _select_layer(encoder, output, clip_skip, is_sdxl)
+        parts.append(_weigh(hidden, weights.to(hidden)).flatten(0, 1))  # (N, T, D) -> (N*T, D)
+        if is_sdxl and hasattr(output, "text_embeds"):
+            pooled = output.text_embeds[0]  # of the first chunk, as A1111 takes it
+    return Embedding(torch.cat(parts, dim=-1), pooled)
+
+
+def embedding_shape(pipeline: Pipeline, chunks: int) -> tuple[int, int]:
+    """(N*T, D) of what :func:`embed` gives for so many windows."""
+    encoders = _encoders(pipeline)
+    return chunks * _window(*encoders[0]), sum(encoder.config.hidden_size for _, encoder in encoders)
 
 
 def stack(conditionings: Sequence[Conditioning]) -> dict[str, torch.Tensor]:
@@ -102,20 +129,9 @@ def _window(tokenizer: CLIPTokenizer, encoder: CLIPTextModel) -> int:
     return min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
 
 
-def _embed(pipeline: Pipeline, per_encoder: list[list[Chunk]], count: int, clip_skip: int) -> Embedding:
-    """Embed one text by every encoder of the pipeline, filled up to ``count`` chunks."""
-    is_sdxl = len(per_encoder) == 2
-    device = pipeline._execution_device
-    parts, pooled = [], None
-    for (tokenizer, encoder), chunks in zip(_encoders(pipeline), per_encoder):
-        ids, weights = _pad(tokenizer, encoder, chunks, count)
-        with torch.no_grad():
-            output = encoder(ids.to(device), output_hidden_states=True)
-            hidden = _select_layer(encoder, output, clip_skip, is_sdxl)
-        parts.append(_weigh(hidden, weights.to(hidden)).flatten(0, 1))  # (N, T, D) -> (N*T, D)
-        if is_sdxl and hasattr(output, "text_embeds"):
-            pooled = output.text_embeds[0]  # of the first chunk, as A1111 takes it
-    return Embedding(torch.cat(parts, dim=-1), pooled)
+def _device(pipeline: Pipeline, encoder: CLIPTextModel) -> torch.device:
+    """Where the encoder computes; a hook brings an offloaded one to where the pipeline runs."""
+    return pipeline._execution_device if hasattr(encoder, "_hf_hook") else encoder.device
 
 
 def _pad(

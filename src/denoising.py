@@ -114,6 +114,15 @@ def encode(vae: AutoencoderKL, pixels: torch.Tensor, device: torch.device, sourc
     return _normalise(vae, posterior.sample(source))
 
 
+def encode_distribution(vae: AutoencoderKL, pixels: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixels (B, 3, H, W) in [-1, 1] -> mean and deviation (B, 4, h, w) of their latents, float32, in the U-Net's scale."""
+    with torch.no_grad():
+        posterior = vae.encode(pixels.to(device, vae.dtype)).latent_dist
+    mean, std = posterior.mean.float(), posterior.std.float()
+    _, deviation = _channel_statistics(vae, std)
+    return _normalise(vae, mean), std * vae.config.scaling_factor / deviation
+
+
 def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """Latents (1, 4, h, w) -> pixels (1, 3, H, W), float32 in [0, 1] on the CPU. Raises NotFinite."""
     latents = latents.to(vae.dtype)

@@ -66,8 +66,8 @@ def estimate(config: AppConfig, request: PictureRequest) -> Answer:
     model, VAE or adapter that is missing or something else.
     """
     check_machine(config.model)
-    place = _find_place(config)
-    source, shapes = _find_model(config)
+    place = find_place(config)
+    source, shapes = find_model(config)
     if isinstance(request.init_image, Path):  # as the run does, the size follows the picture that is drawn over
         width_px, height_px = images.fitting_size(images.read_image(request.init_image).size, shapes.native_px)
         request = replace(request, width=request.width or width_px, height=request.height or height_px)
@@ -80,7 +80,7 @@ def estimate(config: AppConfig, request: PictureRequest) -> Answer:
     return Answer(source.name, shapes.family, place.words, need, plan)
 
 
-def _find_model(config: AppConfig) -> tuple[model_source.Source, model_shapes.ModelShapes]:
+def find_model(config: AppConfig) -> tuple[model_source.Source, model_shapes.ModelShapes]:
     """The model and its shapes: bundled for a known hub id, which need not be here, else from its configs on disk."""
     model, cache = config.model, config.paths.folder("cache")
     if model.vae:
@@ -100,7 +100,7 @@ def _find_model(config: AppConfig) -> tuple[model_source.Source, model_shapes.Mo
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """What is drawn on."""
 
     words: str
@@ -109,7 +109,7 @@ class _Place:
     memory_bytes: int | None = None  # without a card: the main memory that is free
 
 
-def _find_place(config: AppConfig) -> _Place:
+def find_place(config: AppConfig) -> Place:
     """The card, Mac or CPU that a run would take; without a card, one with ``max_vram_gb`` where the device is ``auto``."""
     wanted, cap_bytes = config.model, memory_plan.budget_of(config.optimization)
     cards = devices.detect_cards()
@@ -119,12 +119,12 @@ def _find_place(config: AppConfig) -> _Place:
         wanted.precision, on_card=device != "cpu" or is_imagined, cpu_bf16=devices.cpu_has_bf16()
     )
     if is_imagined:
-        return _Place(f"a card with {cap_bytes / GIB:g} GiB (--max-vram), which is not here", precision, cap_bytes)
+        return Place(f"a card with {cap_bytes / GIB:g} GiB (--max-vram), which is not here", precision, cap_bytes)
     total_bytes = devices.total_memory_bytes()
     if device == "cpu":
         free_bytes = devices.available_memory_bytes() or total_bytes
         words = f"CPU, {free_bytes / GIB:.1f} of {total_bytes / GIB:.1f} GiB of memory free"
-        return _Place(words, precision, None, free_bytes)
+        return Place(words, precision, None, free_bytes)
     if device == "mps":  # shares the machine's memory; what macOS lets it have is about this much
         limit_bytes = total_bytes * 2 // 3
         words = f"Apple GPU, two thirds of {total_bytes / GIB:.1f} GiB of memory"
@@ -133,8 +133,8 @@ def _find_place(config: AppConfig) -> _Place:
         limit_bytes = card.free_bytes
         words = f"{card.name}, {limit_bytes / GIB:.1f} of {card.total_bytes / GIB:.1f} GiB free"
     if cap_bytes is not None and cap_bytes < limit_bytes:
-        return _Place(f"{words}, planned for {cap_bytes / GIB:g} (--max-vram)", precision, cap_bytes)
-    return _Place(words, precision, limit_bytes)
+        return Place(f"{words}, planned for {cap_bytes / GIB:g} (--max-vram)", precision, cap_bytes)
+    return Place(words, precision, limit_bytes)
 
 
 def _adapter_files(config: AppConfig, request: PictureRequest) -> list[Path]:

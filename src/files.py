@@ -1,4 +1,5 @@
 """The only way to write: a file appears whole or not at all, a picture never replaces another, names stay inside their folder.
+Folders of files are written by src/folders.py with the same means.
 
 The order that survives a power cut is: flush the file, give it its name, flush the folder. A rename alone survives a killed
 process, but may reach the disk before the data that it names.
@@ -16,7 +17,7 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def publish_bytes(path: Path, data: bytes, *, exclusive: bool = False) -> Path:
     """
     # realpath, because Path.resolve raises on a circle of links, and not the same way in every Python.
     target = Path(os.path.realpath(path.parent)) / path.name if exclusive else Path(os.path.realpath(path))
-    with _named_errors(path, len(data)):
+    with named_errors(path, len(data)):
         if not exclusive and target.exists() and not target.is_file():
             raise OSError(errno.EINVAL, "there is a folder or device of that name")  # rename would replace /dev/null for root
         with _durable_temporary(target.parent, data) as temporary:
@@ -53,7 +54,7 @@ def publish_bytes(path: Path, data: bytes, *, exclusive: bool = False) -> Path:
                 _name_exclusively(temporary, target)
             else:
                 os.replace(temporary, target)
-        _flush_folder(target.parent)
+        flush_folder(target.parent)
     return target
 
 
@@ -65,12 +66,12 @@ def publish_numbered(folder: Path, name_of: Callable[[int], str], data: bytes, s
     Raises UserError (failure) when the disk says no.
     """
     folder = Path(os.path.realpath(folder))
-    with _named_errors(folder / name_of(start), len(data)), _durable_temporary(folder, data) as temporary:
+    with named_errors(folder / name_of(start), len(data)), _durable_temporary(folder, data) as temporary:
         for number in itertools.count(start):
             target = folder / name_of(number)
             with contextlib.suppress(FileExistsError):
                 _name_exclusively(temporary, target)
-                _flush_folder(folder)
+                flush_folder(folder)
                 return target
     raise AssertionError("the count has no end")
 
@@ -84,7 +85,7 @@ def append_line(path: Path, text: str) -> None:
     if "\n" in text or "\r" in text:
         raise ValueError(f"a journal entry is one line, got {text!r}")
     line = text.encode("utf-8", errors="replace") + b"\n"
-    with _named_errors(path, len(line)), open(path, "ab+", buffering=0) as journal:
+    with named_errors(path, len(line)), open(path, "ab+", buffering=0) as journal:
         is_new = journal.seek(0, os.SEEK_END) == 0
         if not is_new:
             journal.seek(-1, os.SEEK_END)
@@ -93,7 +94,27 @@ def append_line(path: Path, text: str) -> None:
         _write_all(journal.fileno(), line)  # O_APPEND: at the end, wherever the last read was
         os.fsync(journal.fileno())
         if is_new:
-            _flush_folder(path.parent)
+            flush_folder(path.parent)
+
+
+def move_files(pairs: Iterable[tuple[Path, Path]]) -> None:
+    """Give each file its new path on the same disk, in place of what is there; durable together. Raises UserError (failure)."""
+    folders: set[Path] = set()
+    for source, target in pairs:
+        with named_errors(target, 0):
+            os.replace(source, target)
+        folders |= {source.parent, target.parent}
+    for folder in folders:
+        flush_folder(folder)
+
+
+def delete_files(paths: Iterable[Path]) -> None:
+    """Delete files; one that is gone already is no error. Raises UserError (failure)."""
+    for path in paths:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"{path}: not deleted ({error.strerror or error}); delete it yourself") from None
 
 
 def check_writable_folder(path: Path) -> Path:
@@ -109,6 +130,14 @@ def check_writable_folder(path: Path) -> Path:
         cause = "it is not a folder" if isinstance(error, FileExistsError) else getattr(error, "strerror", None) or str(error)
         raise usage_error(f"{path}: nothing can be saved there ({cause}); choose another folder") from None
     return path
+
+
+def remove_incomplete(folder: Path) -> None:
+    """Delete what killed processes left of the files that they were writing in ``folder``, while nobody else writes there."""
+    for path in folder.glob(".incomplete-*"):
+        if re.fullmatch(r"\.incomplete-[0-9a-f]{16}", path.name) and (path.is_symlink() or path.is_file()):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def safe_join(root: Path, name: str) -> Path:
@@ -215,18 +244,25 @@ def _problem_of(name: str) -> str | None:
     return None
 
 
+def write_flushed(path: Path, data: bytes) -> None:
+    """Make a new file, mode 0644 less the umask, and flush its data; its name is durable once its folder is flushed too.
+
+    A kill leaves half a file: write into a folder or under a name that nobody reads yet. Raises OSError.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o644)
+    try:
+        _write_all(descriptor, data)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
 def _durable_temporary(folder: Path, data: bytes) -> Iterator[Path]:
     """A hidden file in ``folder`` that holds ``data`` on the disk; whatever happens, it is gone afterwards."""
     temporary = folder / f".incomplete-{secrets.token_hex(8)}"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     try:
-        descriptor = os.open(temporary, flags, 0o644)
-        try:
-            _write_all(descriptor, data)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        write_flushed(temporary, data)
         yield temporary
     finally:
         with contextlib.suppress(OSError):  # a rename has taken it away
@@ -257,7 +293,7 @@ def _name_exclusively(temporary: Path, target: Path) -> None:
             raise
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Make a new name in ``folder`` survive a power cut, where the system can do so."""
     if os.name == "nt":
         return  # Windows gives no handle to flush a folder by
@@ -273,7 +309,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _named_errors(path: Path, needed_bytes: int) -> Iterator[None]:
+def named_errors(path: Path, needed_bytes: int) -> Iterator[None]:
     """Turn what the system says into one line that names the file, its size, the cause and the next step."""
     try:
         yield

@@ -1,11 +1,13 @@
 """The only way to read a picture: every file becomes upright 8-bit sRGB, or one line that says why it cannot.
 
-A picture is foreign data. Six formats are parsed and no others, the size is read from the header before anything is
+A picture is foreign data. A handful of formats are parsed and no others, the size is read from the header before anything is
 decoded, and the whole picture is decoded at once, so that a damaged file is found here and not in the middle of a training.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import io
 import math
 import re
@@ -18,12 +20,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin, features
 
 from src.errors import UserError, refused
 from src.files import publish_numbered, require_file, safe_join
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+_HAS_AVIF = features.check("avif")  # Pillow may have been built without
+_HAS_HEIF = importlib.util.find_spec("pillow_heif") is not None  # what iPhones save; not among the requirements
+PICTURE_SUFFIXES = frozenset(
+    (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+    + ((".avif",) if _HAS_AVIF else ())
+    + ((".heic", ".heif", ".hif") if _HAS_HEIF else ())
+)
 MAX_PIXELS = 89_000_000  # below the size at which Pillow itself begins to suspect a decompression bomb
 MAX_FILE_BYTES = 256 << 20
 MAX_TEXT_BYTES = 64 << 10  # of one text chunk
@@ -36,6 +45,7 @@ MAX_PNG_CHUNKS = 200_000  # a 256 MB file in libpng's 8 KiB pieces has 33,000
 PNG_COMPRESS_LEVEL = 4
 
 _ORIENTATION_TAG, _EXIF_IFD_TAG, _USER_COMMENT_TAG = 0x0112, 0x8769, 0x9286
+_PNG_ORIENTATION_MARKS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 _TILE_WIDTH_TAG, _TILE_LENGTH_TAG = 0x0142, 0x0143
 _UPRIGHT = {  # EXIF orientation -> what turns the stored picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -49,18 +59,28 @@ _UPRIGHT = {  # EXIF orientation -> what turns the stored picture upright
 _NOT_PRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # C0 and C1 but tab and newline; lone surrogates
 
 
-def read_image(path: Path, *, background: tuple[int, int, int] = (255, 255, 255), max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read a PNG, JPEG, WebP, BMP, TIFF or GIF (its first frame) as an upright mode "RGB" picture in sRGB.
+def read_image(
+    path: Path,
+    *,
+    background: tuple[int, int, int] = (255, 255, 255),
+    max_pixels: int = MAX_PIXELS,
+    notes: list[str] | None = None,
+) -> Image.Image:
+    """Read a PNG, JPEG, WebP, BMP, TIFF, GIF, AVIF or HEIC (its first frame) as an upright mode "RGB" picture in sRGB.
+
+    AVIF where Pillow was built with it, HEIC where the package pillow-heif is installed.
 
     The EXIF orientation is applied, an ICC profile converted, transparency laid on ``background``, 16-bit grey scaled by
     1/256, CMYK and palettes converted. A damaged EXIF block or colour profile is passed over: the pixels are whole.
-    ``max_pixels`` can lower the limit, not raise it.
+    ``max_pixels`` can lower the limit, not raise it. What was done to the pixels is added to ``notes`` in a word or two each.
 
     Raises UserError: not found; refused for another format, a damaged file, more pixels or bytes than the limits, a
     folder, pipe or device, or pixels without a defined white (floating point, integers beyond 16 bits).
     """
     with _open_picture(path, max_pixels) as image:
         image.load()
+        if notes is not None:
+            notes += _what_will_change(image)
         colour, alpha = _split_alpha(image)
         picture = _to_srgb(colour, image.info.get("icc_profile"))
         if alpha is not None:
@@ -72,6 +92,18 @@ def read_image(path: Path, *, background: tuple[int, int, int] = (255, 255, 255)
             picture = picture.transpose(turn)
         picture.info = {}  # the profile and orientation are spent; saved again with the picture they would be applied twice
         return picture
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """(width, height) of a picture as :func:`read_image` returns it, by its header alone: the pixels may still be damaged.
+
+    Raises what :func:`read_image` raises for a file that is no picture or too large.
+    """
+    with _open_picture(path) as image:
+        if image.format == "PNG" and not any(map(path.read_bytes().__contains__, _PNG_ORIENTATION_MARKS)):
+            return image.size  # else Pillow decodes all of a PNG, to find EXIF behind the pixels
+        turned = _orientation(image) >= 5 and image.format != "TIFF"  # of which Pillow gives the upright size itself
+        return (image.height, image.width) if turned else image.size
 
 
 def read_mask(path: Path) -> Image.Image:
@@ -185,7 +217,7 @@ def _open_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Im
         with warnings.catch_warnings(), open(path, "rb") as file:
             warnings.simplefilter("ignore")  # "Corrupt EXIF data" and the like are for programmers
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=FORMATS) as image:
+            with Image.open(file, formats=_formats()) as image:
                 if _decoded_pixels(image) > limit:
                     raise Image.DecompressionBombError
                 yield image
@@ -194,17 +226,43 @@ def _open_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Im
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise refused(f"{path}: declares more than {limit:,} pixels; make the picture smaller first") from None
     except Image.UnidentifiedImageError:
-        known = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+        known = f"{', '.join(_formats()[:-1])} or {_formats()[-1]}"
         raise refused(f"{path}: is no {known} picture, or its header is damaged; convert it to PNG") from None
     except Exception as error:  # Pillow's parsers raise whatever they stumble over: OSError, SyntaxError, struct.error ...
         cause = " ".join(_printable(str(getattr(error, "strerror", None) or error)).split())[:120] or type(error).__name__
         raise refused(f"{path}: cannot be read ({cause}); copy it again or save it anew as PNG") from None
 
 
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """The formats that are parsed here: those always, AVIF and HEIF where this machine can."""
+    if _HAS_HEIF:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    return FORMATS + (("AVIF",) if _HAS_AVIF else ()) + (("HEIF",) if _HAS_HEIF else ())
+
+
 def _decoded_pixels(image: Image.Image) -> int:
     """Pixels that decoding has to hold: those of the picture, or of a TIFF's tile, which may be far larger than the picture."""
     tags = getattr(image, "tag_v2", {})
     return max(image.width * image.height, tags.get(_TILE_WIDTH_TAG, 0) * tags.get(_TILE_LENGTH_TAG, 0))
+
+
+def _what_will_change(image: Image.Image) -> Iterator[str]:
+    """What :func:`read_image` does to this loaded picture, for the report of a data set."""
+    if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: a JPEG with a second view for 3D
+        yield "first of several frames"
+    if image.mode.startswith("I"):
+        yield "16-bit grey to 8-bit"
+    elif image.mode not in ("RGB", "RGBA", "L", "LA", "P", "PA", "1"):
+        yield f"{image.mode} to RGB"
+    if image.has_transparency_data:
+        yield "transparency filled"
+    if image.info.get("icc_profile"):
+        yield "colour profile to sRGB"
+    if _orientation(image) in _UPRIGHT:
+        yield "turned upright"
 
 
 def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:

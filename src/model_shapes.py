@@ -98,8 +98,8 @@ def bundled_shapes(model_id: str) -> ModelShapes | None:
 
 def unet_activation_bytes(unet: Config, latent_size: tuple[int, int], batch: int, element_bytes: int, workspace: bool) -> int:
     """Peak of live activations in one U-Net forward pass. ``latent_size`` (H, W); ``batch`` counts guidance's second half."""
-    down, mid, up = _unet_blocks(unet)
-    maps = _MapBytes(latent_size, batch, element_bytes)
+    down, mid, up = unet_blocks(unet)
+    maps = MapBytes(latent_size, batch, element_bytes)
     skips = [maps(unet["block_out_channels"][0], 0)]  # every output of the down path waits for the up path
     peak = 0
     for block in down:
@@ -131,24 +131,34 @@ def unet_activation_bytes(unet: Config, latent_size: tuple[int, int], batch: int
 def decoder_activation_bytes(vae: Config, latent_size: tuple[int, int], element_bytes: int, workspace: bool) -> int:
     """Peak of live activations in the VAE decode of one latent of ``latent_size`` (H, W), without tiling."""
     blocks = _decoder_blocks(vae)
-    maps = _MapBytes(latent_size, 1, element_bytes, finest_level=len(blocks) - 1)
+    return _coder_activation_bytes(blocks, MapBytes(latent_size, 1, element_bytes, finest_level=len(blocks) - 1), workspace)
+
+
+def encoder_activation_bytes(vae: Config, latent_size: tuple[int, int], element_bytes: int, workspace: bool) -> int:
+    """Peak of live activations in the VAE encode of one picture with latents of ``latent_size`` (H, W), without tiling."""
+    blocks = _encoder_blocks(vae)
+    return _coder_activation_bytes(blocks, MapBytes(latent_size, 1, element_bytes, finest_level=len(blocks) - 1), workspace)
+
+
+def _coder_activation_bytes(blocks: list[Block], maps: MapBytes, workspace: bool) -> int:
     peak = 0
     current = maps(blocks[0].channels, blocks[0].level)
-    for block in blocks:
+    for block, after in zip(blocks, [*blocks[1:], None]):
         entering = current
         for position, (channels_in, channels_out) in enumerate(block.resnets):
             held = entering if position else 0  # the first one's input is the block's
             current = maps(channels_out, block.level)
             peak = max(peak, held + _resnet_peak(maps(channels_in, block.level), current, workspace))
-        if block.resample:
-            raised = maps(block.channels, block.level - 1)
-            peak = max(peak, entering + current + raised * (4 if workspace else 2))
-            current = raised
+        if block.resample and after is not None:
+            resized = maps(block.channels, after.level)
+            larger = max(current, resized)  # the decoder enlarges before its convolution; the encoder pads a copy
+            peak = max(peak, entering + current + larger + resized + (larger + resized if workspace else 0))
+            current = resized
     return peak
 
 
 @dataclass(frozen=True)
-class _Block:
+class Block:
     """ResNets of one resolution, each followed by a transformer where ``depth`` > 0, then a change of resolution."""
 
     level: int  # 0 is the finest resolution; each level halves it
@@ -163,7 +173,7 @@ class _Block:
 
 
 @dataclass(frozen=True)
-class _MapBytes:
+class MapBytes:
     """Bytes of a feature map: ``maps(channels, level)``. Odd sizes round up, as a stride-2 convolution does."""
 
     latent_size: tuple[int, int]
@@ -194,7 +204,7 @@ def _transformer_peak(y: int, depth: int) -> int:
     return 21 * y if depth else 0
 
 
-def _unet_blocks(unet: Config) -> tuple[list[_Block], _Block | None, list[_Block]]:
+def unet_blocks(unet: Config) -> tuple[list[Block], Block | None, list[Block]]:
     """The down path, the middle and the up path."""
     channels = unet["block_out_channels"]
     count = len(channels)
@@ -209,34 +219,34 @@ def _unet_blocks(unet: Config) -> tuple[list[_Block], _Block | None, list[_Block
         last = width
         resample = i < count - 1
         skips += [width] * (layers[i] + resample)
-        down.append(_Block(i, resnets, depths[i] * crossed[kind], contexts[i], resample))
+        down.append(Block(i, resnets, depths[i] * crossed[kind], contexts[i], resample))
     mid = None
     if (kind := unet.get("mid_block_type", "UNetMidBlock2DCrossAttn")) is not None:
-        mid = _Block(count - 1, ((last, last),) * 2, depths[-1] * {"UNetMidBlock2DCrossAttn": True}[kind], contexts[-1])
+        mid = Block(count - 1, ((last, last),) * 2, depths[-1] * {"UNetMidBlock2DCrossAttn": True}[kind], contexts[-1])
     for kind, i in zip(unet["up_block_types"], reversed(range(count))):
         resnets = []
         for _ in range(layers[i] + 1):
             resnets.append((last + skips.pop(), channels[i]))
             last = channels[i]
-        up.append(_Block(i, tuple(resnets), depths[i] * crossed[kind], contexts[i], resample=i > 0))
+        up.append(Block(i, tuple(resnets), depths[i] * crossed[kind], contexts[i], resample=i > 0))
     return down, mid, up
 
 
-def _coder_blocks(widths: list[int], layers: int, levels: Iterator[int], last_level: int) -> list[_Block]:
+def _coder_blocks(widths: list[int], layers: int, levels: Iterator[int], last_level: int) -> list[Block]:
     blocks, last = [], widths[0]
     for width, level in zip(widths, levels):
         resnets = tuple((last if j == 0 else width, width) for j in range(layers))
-        blocks.append(_Block(level, resnets, resample=level != last_level))
+        blocks.append(Block(level, resnets, resample=level != last_level))
         last = width
     return blocks
 
 
-def _decoder_blocks(vae: Config) -> list[_Block]:
+def _decoder_blocks(vae: Config) -> list[Block]:
     widths = vae["block_out_channels"][::-1]
     return _coder_blocks(widths, vae.get("layers_per_block", 1) + 1, reversed(range(len(widths))), last_level=0)
 
 
-def _encoder_blocks(vae: Config) -> list[_Block]:
+def _encoder_blocks(vae: Config) -> list[Block]:
     widths = vae["block_out_channels"]
     return _coder_blocks(widths, vae.get("layers_per_block", 1), iter(range(len(widths))), last_level=len(widths) - 1)
 
@@ -279,7 +289,7 @@ def _transformer_layers(width: int, depth: int, context: int) -> Iterator[int]:
 
 
 def _unet_layers(unet: Config) -> Iterator[int]:
-    down, mid, up = _unet_blocks(unet)
+    down, mid, up = unet_blocks(unet)
     first = unet["block_out_channels"][0]
     time_width = 4 * first
     yield _conv(unet.get("in_channels", 4), first)

@@ -7,6 +7,7 @@ import importlib.util
 import sys
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 
 from src.config import OptimizationConfig
@@ -14,7 +15,7 @@ from src.errors import usage_error
 from src.memory_plan import CONTEXT_BYTES, VAE_TILE_PX, budget_of
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers import AutoencoderKL, DiffusionPipeline
 
     from src.memory_plan import Placement
 
@@ -39,6 +40,15 @@ def memory_budget(device: torch.device, options: OptimizationConfig) -> int | No
     if device.type == "mps":
         return min(torch.mps.recommended_max_memory(), wanted or sys.maxsize)
     return None
+
+
+def memory_in_use_bytes(device: torch.device) -> int:
+    """What this process holds: of the card's memory as torch's allocator keeps it, on a CPU of the main memory."""
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    return psutil.Process().memory_info().rss
 
 
 def apply(pipeline: DiffusionPipeline, placement: Placement, options: OptimizationConfig, device: torch.device) -> None:
@@ -71,6 +81,13 @@ def use_float32_vae(
     apply(pipeline, placement, options, device)
 
 
+def set_vae_tiling(vae: AutoencoderKL, enabled: bool) -> None:
+    """Let a VAE work in tiles: large pictures in little memory, slower, and with seams that are hardly seen."""
+    (vae.enable_tiling if enabled else vae.disable_tiling)()
+    vae.tile_sample_min_size = VAE_TILE_PX  # diffusers takes the training size: 1024 for SDXL, which would tile nothing
+    vae.tile_latent_min_size = VAE_TILE_PX // 2 ** (len(vae.config.block_out_channels) - 1)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is one of the many shapes of "out of memory", on cards and on the CPU."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in _OUT_OF_MEMORY_TEXTS)
@@ -100,9 +117,7 @@ def _set_modes(pipeline: DiffusionPipeline, placement: Placement, options: Optim
     """VAE modes, memory layout and attention; torch's own attention kernels unless a switch asks for another."""
     vae = pipeline.vae
     (vae.enable_slicing if options.enable_vae_slicing else vae.disable_slicing)()  # decoding is one by one in any case
-    (vae.enable_tiling if placement.vae_tiling else vae.disable_tiling)()
-    vae.tile_sample_min_size = VAE_TILE_PX  # diffusers takes the training size: 1024 for SDXL, which would tile nothing
-    vae.tile_latent_min_size = VAE_TILE_PX // 2 ** (len(vae.config.block_out_channels) - 1)
+    set_vae_tiling(vae, placement.vae_tiling)
     if options.enable_channels_last:
         pipeline.unet.to(memory_format=torch.channels_last)
         vae.to(memory_format=torch.channels_last)

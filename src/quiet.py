@@ -21,6 +21,8 @@ LIBRARIES = {
     "accelerate": "",
     "peft": "",
     "torch": "",
+    "bitsandbytes": "",
+    "matplotlib": "",
 }
 SWITCHES = {
     "HF_HUB_DISABLE_TELEMETRY": "1",

@@ -80,7 +80,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag(("--num-epochs", "--epochs"), "in place of --max_steps: passes over the pictures", "train.num_epochs", int, "N"),
         Flag(("--batch-size", "--train-batch-size"), "pictures at once, per process", "train.batch_size", int, "N"),
         Flag(("--gradient-accumulation", "--gradient-accumulation-steps"), "micro-steps per step", "train.gradient_accumulation_steps", int, "N"),
-        Flag(("--lr", "--learning-rate"), "of the U-Net", "train.learning_rate", float, "X"),
+        Flag(("--lr", "--learning-rate"), "of the U-Net (default: 1e-4; for prodigy 1)", "train.learning_rate", float, "X"),
         Flag(("--text-encoder-lr",), "of the text encoders", "train.text_encoder_learning_rate", float, "X"),
         Flag(("--text-encoder-2-lr",), "of SDXL's second (default: that of the first)", "train.text_encoder_2_learning_rate", float, "X"),
         Flag(("--optimizer",), " | ".join(OPTIMIZERS), "train.optimizer", metavar="NAME", choices=OPTIMIZERS),
@@ -154,6 +154,12 @@ def build_run(typed: dict[str, Any]) -> TrainRun:
     Raises UserError (usage, not found).
     """
     run = TrainRun()
+    apply_typed(run, typed)
+    return run
+
+
+def apply_typed(run: TrainRun, typed: dict[str, Any]) -> None:
+    """Put what was typed over the settings of a run, and check them. Raises UserError (usage, not found)."""
     set_from(run, *typed.get("config", []))
     for text in typed.get("set", []):
         set_value(run, *parse_assignment(text))
@@ -164,7 +170,6 @@ def build_run(typed: dict[str, Any]) -> TrainRun:
         run.model.model_id = _model_id(typed["model"])
     run.train.sample_prompts = read_prompts(run.train.sample_prompts)
     check(run)
-    return run
 
 
 def _model_id(name: str) -> str:

@@ -18,6 +18,8 @@ LR_SCHEDULERS = ("constant", "linear", "cosine", "cosine_with_restarts", "polyno
 MIXED_PRECISIONS = ("auto", "no", "fp16", "bf16")
 QUANTIZATIONS = ("int8", "nf4")
 FORMATS = ("diffusers", "kohya")
+DEFAULT_STEPS = 1000
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 TRACKERS = ("tensorboard", "wandb")
 
 
@@ -58,7 +60,7 @@ class TrainConfig:
     num_epochs: int | None = None
     batch_size: int = 1  # pictures per process and micro-step
     gradient_accumulation_steps: int = 1
-    learning_rate: float = 1e-4
+    learning_rate: float | None = None  # None: 1e-4; for prodigy, which finds its own, 1
     text_encoder_learning_rate: float = 1e-5
     text_encoder_2_learning_rate: float | None = None  # None: that of the first
     optimizer: str = "adamw"  # adamw | adamw8bit | adafactor | prodigy
@@ -107,6 +109,15 @@ class TrainRun:
     def app_config(self) -> AppConfig:
         """The generator's configuration of the same model, without a safety checker: nothing is shown to a stranger."""
         return AppConfig(self.model, OptimizationConfig(disable_safety_checker=True), paths=self.paths)
+
+
+def learning_rates(train: TrainConfig) -> dict[str, float]:
+    """The learning rate of each component at its full height. Prodigy has one for all."""
+    if train.optimizer == "prodigy":
+        return dict.fromkeys(COMPONENTS, train.learning_rate or 1.0)
+    text = train.text_encoder_learning_rate
+    rates = (train.learning_rate or 1e-4, text, train.text_encoder_2_learning_rate or text)
+    return dict(zip(COMPONENTS, rates))
 
 
 def check(run: TrainRun) -> None:

@@ -131,3 +131,21 @@ def test_pooled_vector_is_the_first_windows(sdxl) -> None:
     first = conditioning.encode(sdxl, "a cat", "").positive.pooled
     joined = conditioning.encode(sdxl, "a cat BREAK a dog", "").positive.pooled
     torch.testing.assert_close(joined, first)
+
+
+def test_gradients_reach_the_encoder_where_it_learns_and_not_where_it_draws(sd1) -> None:
+    assert not conditioning.encode(sd1, PROMPT, NEGATIVE).positive.tokens.requires_grad
+    embedding = conditioning.embed(sd1, PROMPT, 1)
+    assert torch.equal(embedding.tokens, conditioning.encode(sd1, PROMPT, "").positive.tokens)
+    embedding.tokens.square().sum().backward()
+    gradients = [parameter.grad is not None for parameter in sd1.text_encoder.parameters()]
+    sd1.text_encoder.zero_grad(set_to_none=True)
+    assert all(gradients)
+
+
+def test_a_text_is_filled_up_to_the_windows_asked_for(sd1, sdxl) -> None:
+    for pipeline in (sd1, sdxl):
+        assert conditioning.count_chunks(pipeline, PROMPT) == 1
+        tokens = conditioning.embed(pipeline, PROMPT, 3).tokens
+        assert tokens.shape == conditioning.embedding_shape(pipeline, 3)
+        torch.testing.assert_close(tokens[77:154], conditioning.embed(pipeline, "", 1).tokens)

@@ -17,10 +17,11 @@ def run_door(tmp_path: Path):
     """Run main.py in a process in which the heavy packages cannot be imported; no stopwatch, so no flake."""
     lines = ["import sys", *[f"sys.modules[{name!r}] = None" for name in BLOCKED]]
     (tmp_path / "sitecustomize.py").write_text("\n".join(lines))
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / "main.py"), *arguments]
+    def run(*arguments: str, door: str = "main.py") -> subprocess.CompletedProcess[str]:
+        module = ["-m", door] if door.startswith("src.") else [str(ROOT / door)]
+        command = [sys.executable, *module, *arguments]
         return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60)
 
     return run
@@ -31,7 +32,7 @@ def run_door(tmp_path: Path):
     [
         (["--help"], "exit codes"),
         (["-h"], "--negative-prompt"),
-        (["--version"], "0.1"),
+        (["--version"], "0.2"),
         (["--list-schedulers"], "DPM++ 2M"),
         (["test", "--estimate-vram", "--width", "768", "--height", "768"], "peak"),
         (["test", "--estimate-vram", "--model", "sdxl", "--max-vram", "6"], "offload"),
@@ -88,6 +89,28 @@ def test_mistakes_cost_no_import(run_door, arguments: list[str], code: int, expe
     assert expected in result.stderr
     assert result.stdout == ""
     assert len(result.stderr.strip().splitlines()) == 1, "an error is one line"
+
+
+@pytest.mark.parametrize(
+    ("door", "arguments", "code", "expected"),
+    [
+        ("src.train_lora", ["--help"], 0, "--dataset-dir"),
+        ("src.train_lora", ["--rank", "0"], 2, "rank 0 is outside"),
+        ("src.train_lora", ["--dataset_dir", "nowhere", "--model", "embedded"], 4, "nowhere: no such folder"),
+        ("src.train_lora", ["--model", "./typo"], 4, "typo"),
+        ("src.train_lora", ["--model", "sdxl", "--rank", "8", "--estimate-vram", "--max-vram", "8"], 0, "8"),
+        ("src.prepare_dataset", ["--help"], 0, "--trigger"),
+        ("src.prepare_dataset", ["--sizee", "3"], 2, "did you mean --size"),
+        ("src.lora", ["--help"], 0, "resize"),
+        ("src.lora", ["inform", "x.safetensors"], 2, "is no command"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_the_other_doors_are_instant_too(run_door, door: str, arguments: list[str], code: int, expected: str) -> None:
+    result = run_door(*arguments, door=door)
+    assert result.returncode == code, result.stderr
+    assert expected in (result.stderr if code else result.stdout)
+    assert len(result.stderr.strip().splitlines()) == (1 if code else 0)
 
 
 def test_an_estimate_for_a_program_is_json(run_door) -> None:

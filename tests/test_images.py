@@ -10,6 +10,7 @@ import pytest
 from PIL import Image, ImageChops, ImageCms
 
 from src import images
+from src.errors import ExitCode, UserError
 from tests.tiny.pictures import BLACK, BLUE, GREEN, RED, WHITE, encoded, noise, png_chunk, png_row, tiles, written
 
 
@@ -284,3 +285,59 @@ def test_a_sheet_needs_pictures_and_their_labels():
 def test_a_label_is_readable_in_a_font_without_accents():
     assert images.contact_sheet([noise(90)], ["Füchse"]).tobytes() == images.contact_sheet([noise(90)], ["Fuchse"]).tobytes()
     assert images.contact_sheet([noise(90)], ["Füchse"]).tobytes() != images.contact_sheet([noise(90)], ["Fchse"]).tobytes()
+
+
+# --- sizes and notes
+
+
+@pytest.mark.parametrize("kind", images._formats())
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_size_by_the_header_is_that_of_the_picture(tmp_path, kind, orientation):
+    options = {"exif": encoded_orientation(orientation)} if kind not in ("BMP", "GIF") else {}
+    path = written(tmp_path, encoded(tiles("RGB", RED, GREEN, BLUE), kind, **options))
+    assert images.picture_size(path) == images.read_image(path).size
+
+
+def encoded_orientation(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif.tobytes()
+
+
+def test_the_size_needs_no_pixels_and_is_refused_as_the_picture_is(tmp_path):
+    whole = encoded(noise(64), "PNG")
+    assert images.picture_size(written(tmp_path, whole[:100])) == (64, 64)
+    for data in (b"", b"%PDF-1.4", whole[:20]):
+        with pytest.raises(UserError) as caught:
+            images.picture_size(written(tmp_path, data))
+        assert caught.value.exit_code == ExitCode.REFUSED
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (encoded(tiles("RGB", RED), "PNG"), []),
+        (encoded(tiles("L", 3), "PNG"), []),
+        (encoded(tiles("1", 1), "PNG"), []),
+        (encoded(palette(), "PNG"), []),
+        (encoded(tiles("I;16", 300), "PNG"), ["16-bit grey to 8-bit"]),
+        (encoded(tiles("CMYK", INKS[0]), "TIFF"), ["CMYK to RGB"]),
+        (encoded(tiles("LAB", (50, 9, 9)), "TIFF"), ["LAB to RGB"]),
+        (encoded(tiles("RGBA", HALF), "PNG"), ["transparency filled"]),
+        (encoded(palette(), "PNG", transparency=1), ["transparency filled"]),
+        (encoded(tiles("RGB", RED), "PNG", exif=encoded_orientation(6)), ["turned upright"]),
+        (encoded(tiles("RGB", RED), "GIF", save_all=True, append_images=[tiles("RGB", BLUE)]), ["first of several frames"]),
+        (encoded(tiles("RGB", RED), "GIF", save_all=True), []),
+    ],
+)  # fmt: skip
+def test_notes_say_what_was_done_to_the_pixels(tmp_path, data, expected):
+    notes = ["before"]
+    images.read_image(written(tmp_path, data), notes=notes)
+    assert notes == ["before", *expected]
+
+
+def test_the_suffixes_are_those_of_what_is_read():
+    Image.init()
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in images._formats()}
+    assert images.PICTURE_SUFFIXES - {".jfif", ".jpe"} <= known | {".hif"}
+    assert {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"} <= images.PICTURE_SUFFIXES

@@ -70,8 +70,9 @@ SPOILED = {
     ), "under two names"),
     "LoHa": (extra(".hada_w1_a"), "kind LoHa"),
     "LoKr": (extra(".lokr_w1"), "kind LoKr"),
-    "DoRA": (extra(".dora_scale"), "kind DoRA"),
-    "DoRA, peft": (extra(".lora_magnitude_vector.weight"), "kind DoRA"),
+    "DoRA": (extra(".dora_scale"), "lengths of shape (4,), which fit no weight"),
+    "DoRA, peft": (extra(".lora_magnitude_vector.weight"), "lengths of shape (4,), which fit no weight"),
+    "DoRA alone": (extra("x.dora_scale"), "without its counterpart"),
     "OFT": (extra(".oft_blocks"), "kind OFT"),
     "BOFT": (extra(".boft_R"), "kind BOFT"),
     "IA3": (extra(".on_input"), "kind (IA)³"),
@@ -97,7 +98,7 @@ def test_a_spoiled_adapter_is_refused_in_one_line_that_says_why(case, tmp_path):
 
 
 PEFT_SPOILED = {
-    "DoRA": ({"use_dora": True}, "kind DoRA"),
+    "DoRA": ({"use_dora": True}, "has no lengths"),
     "LoHa": ({"peft_type": "LOHA"}, "kind 'LOHA'"),
     "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, "changes the base model"),
     "alpha text": ({"lora_alpha": "8"}, "must be a positive number"),

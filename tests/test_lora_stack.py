@@ -212,3 +212,71 @@ def test_a_missing_text_encoder_is_a_partial_match(tmp_path):
     stack = AdapterStack(pipe, "SD1")
     assert "text_encoder: text_model_encoder_layers_0" in str(refusal(path, stack))
     assert set(stack.set([(read_adapter(path), 1.0)], allow_partial=True)[0].per_component) == {"unet"}
+
+
+# --- DoRA ---
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_dora_of_any_weight_and_beside_others_goes_part_of_the_way(axis, tmp_path):
+    """W + w * (W' - W), and several adapters add their changes of the same W."""
+    dora = random_layers(source("SD1"), rank=4, alpha=8.0, seed=1, targets=EVERYTHING, dora=axis)
+    other = random_layers(source("SD1"), rank=3, alpha=2.0, seed=3, only=UNET, targets=EVERYTHING, dora=0)
+    plain = random_layers(source("SD1"), rank=2, alpha=1.0, seed=2, targets=LINEAR)
+    weighted = [(dora, 0.7), (plain, -0.6), (other, 1.4)]
+    read = [
+        (read_adapter(adapters.write_kohya(tmp_path / f"{i}.safetensors", layers)), w) for i, (layers, w) in enumerate(weighted)
+    ]
+    pipe = fresh()
+    weights = copy.deepcopy({name: model.state_dict() for name, model in components(pipe).items()})
+    stack = AdapterStack(pipe, "SD1")
+    stack.set(read)
+    assert_same(outputs(components(pipe)), outputs(merged(source("SD1"), *weighted)), "SD1")
+    stack.set([])
+    assert_identical(outputs(components(pipe)), base_outputs("SD1"))
+    for name, model in components(pipe).items():
+        assert_identical(model.state_dict(), weights[name])
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_dora_on_offloaded_weights(axis, tmp_path):
+    layers = random_layers(source("SD1"), targets=EVERYTHING, dora=axis)
+    pipe = fresh()
+    for model in components(pipe).values():
+        cpu_offload(model, execution_device=torch.device("cpu"))
+    stack = AdapterStack(pipe, "SD1")
+    stack.set([(read_adapter(adapters.write_kohya(tmp_path / "x.safetensors", layers)), 1.0)])
+    assert pipe.unet.conv_in.weight.device.type == "meta"
+    assert_same(outputs(components(pipe)), outputs(merged(source("SD1"), (layers, 1.0))), "SD1")
+    assert pipe.unet.conv_in.weight.device.type == "meta"
+    stack.clear()
+    assert_identical(outputs(components(pipe)), base_outputs("SD1"))
+
+
+def test_a_dora_in_a_compiled_module_and_in_bf16(tmp_path):
+    layers = random_layers(source("SD1"), only=UNET, targets="mid_block.*" + LINEAR, dora=0)
+    adapter = read_adapter(adapters.write_kohya(tmp_path / "x.safetensors", layers))
+    pipe = fresh()
+    pipe.unet.mid_block.attentions[0].transformer_blocks[0].ff.net[2].compile(backend="eager", fullgraph=True)
+    stack = AdapterStack(pipe, "SD1")
+    stack.set([(adapter, 1.0)])
+    expected = outputs(merged(source("SD1"), (layers, 1.0)))["unet"]
+    torch.testing.assert_close(outputs(components(pipe))["unet"], expected, atol=2e-5, rtol=2e-5)
+    pipe.unet.to(torch.bfloat16)
+    actual = outputs({"unet": pipe.unet}, torch.bfloat16)["unet"]
+    assert (actual - expected).norm() < 0.2 * (base_outputs("SD1")["unet"] - expected).norm()
+
+
+def test_a_dora_on_quantised_weights_is_refused_with_nothing_changed(tmp_path):
+    layers = random_layers(source("SD1"), only=UNET, targets="mid_block.*" + LINEAR)
+    plain = read_adapter(adapters.write_kohya(tmp_path / "plain.safetensors", layers))
+    dora = random_layers(source("SD1"), only=UNET, targets="mid_block.*" + LINEAR, dora=0)
+    pipe = fresh()
+    stack = AdapterStack(pipe, "SD1")
+    stack.set([(plain, 1.0)])
+    before = outputs(components(pipe))
+    module = pipe.unet.mid_block.attentions[0].proj_out
+    kept, module.weight = module.weight, torch.nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
+    assert "quantised" in str(refusal(adapters.write_kohya(tmp_path / "dora.safetensors", dora), stack))
+    module.weight = kept
+    assert_identical(outputs(components(pipe)), before)

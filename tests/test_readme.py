@@ -6,13 +6,23 @@ from pathlib import Path
 
 import pytest
 
-from src import cli
+from src import cli, prepare_dataset, train_arguments
 from src.arguments import build_config, parse_arguments
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 LINES = [line.split("   #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+PAGES = [README, *((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("preparing.md", "training.md"))]
+ALL_LINES = [
+    line.split("   #")[0].strip()
+    for page in PAGES
+    for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    for line in block.splitlines()
+    if line.strip()
+]
+TRAINING = [line for line in ALL_LINES if "src.train_lora " in line]
+PREPARING = [line for line in ALL_LINES if "src.prepare_dataset " in line]
 COMMANDS = [line for line in LINES if line.startswith("python main.py")]
 QUICK = ("--estimate-vram", "--list-schedulers", "--help")
 
@@ -48,6 +58,20 @@ def test_commands_of_the_embedded_model_draw(command: str, capsys, monkeypatch, 
     assert list(tmp_path.glob("gen_*.png"))
 
 
+@pytest.mark.parametrize("command", TRAINING, ids=lambda line: line[-60:])
+def test_training_commands_parse_and_their_settings_exist(command: str, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command)
+    train_arguments.build_run(train_arguments.parse_arguments(words[words.index("src.train_lora") + 1 :]))
+
+
+@pytest.mark.parametrize("command", PREPARING, ids=lambda line: line[-60:])
+def test_preparing_commands_parse_and_their_settings_exist(command: str) -> None:
+    words = shlex.split(command)
+    typed = prepare_dataset.command_line().parse(words[words.index("src.prepare_dataset") + 1 :])
+    assert prepare_dataset.read_config(typed).src
+
+
 def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     assert {line.split()[1] for line in LINES if line.startswith("make ")} <= targets
@@ -60,7 +84,7 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
 
 
 def test_pictures_and_linked_files_are_there() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", README):
         assert (ROOT / target).is_file(), target
 
 

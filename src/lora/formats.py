@@ -12,6 +12,8 @@ Three dialects name them:
     peft       base_model.model.down_blocks.0.attentions.0.proj_in.lora_A.weight        (alpha in adapter_config.json)
     kohya      lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight            (alpha in a tensor beside it)
 
+A DoRA also has lengths, in ``.lora_magnitude_vector`` or, in kohya's dialect, ``.dora_scale``.
+
 kohya's flat names cannot be split back into modules with certainty, so it is done the other way round: `module_aliases`
 gives every module of a model all the names that adapters call it by.
 """
@@ -23,13 +25,13 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from src.errors import UserError, refused
 from src.tensor_files import quoted
+
+if TYPE_CHECKING:
+    from torch import Tensor  # names and shapes are told without it
 
 Where = tuple[str, str]  # (component, module as the file calls it)
 
@@ -46,6 +48,9 @@ _WEIGHT_NAME = re.compile(
     r"(?P<module>.+?)(?P<joint>\.lora\.|\.lora_linear_layer\.|_lora\.|\.lora_)(?P<role>down|up|mid|A|B)(?:\.default)?\.weight"
 )
 _ALPHA_NAME = re.compile(r"(?P<module>.+?)(?P<joint>_lora|\.lora|)\.alpha")
+_MAGNITUDE_NAME = re.compile(
+    r"(?P<module>.+?)(?P<joint>\.)(?P<role>lora_magnitude_vector|dora_scale)(?:\.default)?(?:\.weight)?"
+)
 _ROLES = {"A": "down", "B": "up"}
 # Attention processors of early diffusers: attn1.processor.to_out_lora, self_attn.to_q_lora.
 _PROCESSOR_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
@@ -54,7 +59,6 @@ _PROCESSOR_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_ou
 _OTHER_KINDS = (
     ("LoHa", re.compile(r"\.hada_")),
     ("LoKr", re.compile(r"\.lokr_")),
-    ("DoRA", re.compile(r"\.dora_scale$|lora_magnitude_vector")),
     ("BOFT", re.compile(r"\.boft_")),
     ("OFT", re.compile(r"\.oft_|^oft_")),
     ("(IA)³", re.compile(r"\.on_input$|\.ia3_l")),
@@ -103,16 +107,27 @@ _FAMILY_BY_METADATA = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraLayer:
-    """One adapted module: ``scale * up(down(x))`` is added to its output."""
+    """One adapted module: ``scale * up(down(x))`` is added to its output.
+
+    With a ``magnitude`` it is a DoRA (Liu et al. 2024, arXiv 2402.09353): the weight W becomes V = W + scale * up @ down with
+    the length of each of its rows set to magnitude, V * magnitude / ||V||; or, as LyCORIS also has it, of each column.
+    """
 
     down: Tensor  # (r, in) or (r, in, h, w)
     up: Tensor  # (out, r) or (out, r, 1, 1)
     alpha: float
     scale: float  # alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA
+    magnitude: Tensor | None = None  # (out,) for rows; (1, in) or (1, in, 1, 1) for columns
 
     @property
     def rank(self) -> int:
         return self.down.shape[0]
+
+
+def effective_alpha(layer: LoraLayer) -> float:
+    """The alpha that gives the layer's scale as alpha / rank."""
+    alpha = layer.scale * layer.rank
+    return layer.alpha if math.isclose(alpha, layer.alpha, rel_tol=1e-9) else alpha
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +137,7 @@ class ScaleRule:
     alpha: float | None = None
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     rank_stabilised: bool = False
+    dora: bool = False
 
     @classmethod
     def from_peft(cls, settings: Mapping[str, Any], label: str) -> ScaleRule:
@@ -130,8 +146,8 @@ class ScaleRule:
         Raises UserError (refused) for an adapter that is not a plain LoRA, or an alpha that is not a positive number.
         """
         kind = settings.get("peft_type", "LORA")
-        if kind != "LORA" or settings.get("use_dora"):
-            raise _other_kind(label, "DoRA" if kind == "LORA" else quoted(str(kind)))
+        if kind != "LORA":
+            raise _other_kind(label, quoted(str(kind)))
         init = settings.get("init_lora_weights")
         if isinstance(init, str) and init.startswith(_BASE_CHANGING_INITS):
             raise refused(f"{label}: was trained with {quoted(init)}, which changes the base model; convert it to a plain LoRA")
@@ -145,6 +161,7 @@ class ScaleRule:
             alpha=None if alpha is None else _positive(alpha, label),
             alpha_pattern={name: _positive(value, label) for name, value in pattern.items()},
             rank_stabilised=bool(settings.get("use_rslora")),
+            dora=bool(settings.get("use_dora")),
         )
 
     def alpha_of(self, module: str, rank: int) -> float:
@@ -159,12 +176,12 @@ class TensorName(NamedTuple):
 
     component: str
     module: str
-    role: str  # down | up | mid | alpha
+    role: str  # down | up | mid | alpha | lora_magnitude_vector | dora_scale
 
 
 def split_name(name: str, component: str | None = None) -> TensorName | None:
     """Take an adapter's tensor name apart; None if it is none. ``component`` is given where the folder tells it (PEFT)."""
-    match = _WEIGHT_NAME.fullmatch(name) or _ALPHA_NAME.fullmatch(name)
+    match = _MAGNITUDE_NAME.fullmatch(name) or _WEIGHT_NAME.fullmatch(name) or _ALPHA_NAME.fullmatch(name)
     if match is None:
         return None
     module, role = match["module"], match.groupdict().get("role", "alpha")
@@ -179,11 +196,13 @@ def split_name(name: str, component: str | None = None) -> TensorName | None:
         in_text_encoder = component.startswith("text_encoder")
         leaf = _PROCESSOR_NAMES.get(leaf, leaf) if in_text_encoder else leaf + ".0" * (leaf == "to_out")
         module = f"{head}.{leaf}"
+    elif role == "lora_magnitude_vector" and module.endswith(".to_out"):
+        module += ".0"
     return TensorName(component, module, _ROLES.get(role, role))
 
 
 def refuse_other_kinds(names: Iterable[str], label: str) -> None:
-    """Raise UserError (refused), naming the kind, for an adapter that is not a plain LoRA."""
+    """Raise UserError (refused), naming the kind, for an adapter that is neither a LoRA nor a DoRA."""
     for name in names:
         for kind, pattern in _OTHER_KINDS:
             if pattern.search(name):
@@ -211,6 +230,8 @@ def assemble(
     Raises UserError (refused), naming the tensor or the layer: down without up, ranks that disagree, NaN or infinity, an
     alpha that is not positive.
     """
+    import torch
+
     parts: dict[Where, dict[str, Tensor]] = {}
     for name, (component, module, role) in names.items():
         if not torch.isfinite(tensors[name]).all():
@@ -314,11 +335,31 @@ def _layer(where: Where, roles: Mapping[str, Tensor], rule: ScaleRule, label: st
     if "alpha" in roles and roles["alpha"].numel() != 1:
         raise refused(f"{label}: the alpha of layer {name} is not one number; the file is damaged")
     alpha = _positive(roles["alpha"].item(), label) if "alpha" in roles else rule.alpha_of(where[1], rank)
-    return LoraLayer(down, up, alpha, alpha / (math.sqrt(rank) if rule.rank_stabilised else rank))
+    scale = alpha / (math.sqrt(rank) if rule.rank_stabilised else rank)
+    return LoraLayer(down, up, alpha, scale, _magnitude(roles, down, up, rule, f"{label}: layer {name}"))
+
+
+def _magnitude(roles: Mapping[str, Tensor], down: Tensor, up: Tensor, rule: ScaleRule, label: str) -> Tensor | None:
+    """DoRA's lengths: of rows as (out,), of columns as (1, in) or (1, in, 1, 1). PEFT has rows alone, LyCORIS both."""
+    if "lora_magnitude_vector" not in roles and "dora_scale" not in roles:
+        if rule.dora:
+            raise refused(f"{label} has no lengths, though its settings say that it is a DoRA; the file is damaged")
+        return None
+    given = roles.get("lora_magnitude_vector", roles.get("dora_scale"))
+    out, columns = up.shape[0], (1, down.shape[1], *[1] * (down.ndim - 2))
+    if given.numel() == out and ("lora_magnitude_vector" in roles or given.shape[0] == out):
+        return given.flatten()
+    if "dora_scale" in roles and given.shape == columns:
+        return given
+    raise refused(
+        f"{label} is a DoRA with lengths of shape {tuple(given.shape)}, which fit no weight of it; the file is damaged"
+    )
 
 
 def _fold_mid(mid: Tensor, down: Tensor, name: str, label: str) -> Tensor:
     """LyCORIS's CP form is 1x1 down, h x w mid, 1x1 up; down and mid in a row are one convolution."""
+    import torch
+
     rank = down.shape[0]
     if mid.ndim != 4 or mid.shape[:2] != (rank, rank) or down.shape[2:].numel() != 1 or max(mid.shape[2:]) > _MAX_KERNEL:
         raise refused(f"{label}: layer {name} has a mid of shape {tuple(mid.shape)}, which does not fit its rank {rank}")

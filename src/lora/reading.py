@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from src.errors import not_found, refused
 from src.files import sha256_of
-from src.lora.formats import LoraLayer, ScaleRule, Where, assemble, guess_family, refuse_other_kinds, split_names
+from src.lora.formats import LoraLayer, ScaleRule, TensorName, Where, assemble, guess_family, refuse_other_kinds, split_names
 from src.tensor_files import Header, missing, quoted, read_header, refuse_pickle
 
 MAX_ADAPTER_TENSORS = 20_000
@@ -49,6 +48,7 @@ class Adapter:
     files: tuple[Path, ...]
     family: str | None  # SD1 | SD2 | SDXL | SD3 | Flux, as far as shapes, names and header tell
     layers: Mapping[Where, LoraLayer]  # (component, module as the file calls it) -> layer
+    metadata: Mapping[str, str] = field(default_factory=dict)  # the header's
 
     @cached_property
     def sha256(self) -> str:
@@ -64,26 +64,87 @@ def read_adapter(path: str | Path, name: str | None = None) -> Adapter:
     ``adapter_config.json`` (PEFT) or with a PEFT folder per component (``unet_lora/``, ``text_encoder_one_lora/`` ...);
     or a folder with a single .safetensors file. ``name`` is how it is called in reports; default: file or folder name.
 
-    Raises UserError: not found; or refused for a pickle, a damaged file, NaN, or a kind that is not a plain LoRA.
+    Raises UserError: not found; or refused for a pickle, a damaged file, NaN, or a kind that is neither a LoRA nor a DoRA.
     """
     path = Path(path).expanduser()
-    sources = _find_sources(path)
-    headers = [_read_adapter_header(source.file) for source in sources]
+    parts = read_parts(path)
     layers: dict[Where, LoraLayer] = {}
-    for source, header in zip(sources, headers):
-        part = _read_layers(source, header)
-        if layers.keys() & part.keys():
-            raise refused(f"{path}: holds two adapters for the {source.component}; name one of their folders")
-        layers |= part
-    dialect = "peft" if sources[0].settings else "kohya" if _is_kohya(headers[0]) else "diffusers"
+    for part in parts:
+        mine = _read_layers(part)
+        if layers.keys() & mine.keys():
+            raise refused(f"{path}: holds two adapters for the {next(iter(mine))[0]}; name one of their folders")
+        layers |= mine
     return Adapter(
-        name=name or _name_of(path),
-        format=dialect,
+        name=name or name_of(path),
+        format=form_of(parts[0]),
         path=path,
-        files=tuple(file for source in sources for file in (source.file, source.settings) if file),
-        family=guess_family(layers, headers[0].metadata),
+        files=tuple(file for part in parts for file in part.files),
+        family=guess_family(layers, parts[0].header.metadata),
         layers=layers,
+        metadata=parts[0].header.metadata,
     )
+
+
+class AdapterPart(NamedTuple):
+    """One file of an adapter, as far as its header tells; PEFT has one for each component, and settings beside it."""
+
+    file: Path
+    settings: Path | None
+    header: Header
+    names: dict[str, TensorName]
+    rules: dict[str, ScaleRule]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.file,) if self.settings is None else (self.file, self.settings)
+
+
+def read_parts(path: Path) -> list[AdapterPart]:
+    """What ``path`` means, with every header checked and every name taken apart; no tensor is read, and no torch is needed.
+
+    Raises UserError as `read_adapter` does.
+    """
+    parts = []
+    for source in _find_sources(path):
+        header = _read_adapter_header(source.file)
+        settings = _read_settings(source.settings) if source.settings else None
+        names, rules = _names_and_rules(str(source.file), header.tensors, header.metadata, settings, source.component)
+        for name, tensor in header.tensors.items():
+            if tensor.dtype not in (_ALPHA_DTYPES if names[name].role == "alpha" else _WEIGHT_DTYPES):
+                raise refused(f"{source.file}: tensor {quoted(name)} is of type {tensor.dtype}; save it as F16, BF16 or F32")
+        parts.append(AdapterPart(source.file, source.settings, header, names, rules))
+    return parts
+
+
+def form_of(part: AdapterPart) -> str:
+    """diffusers | peft | kohya"""
+    if part.settings is not None:
+        return "peft"
+    return "kohya" if any(name.startswith("lora_") for name in part.header.tensors) else "diffusers"
+
+
+def parse_adapter(files: Mapping[str, bytes]) -> dict[str, dict[Where, LoraLayer]]:
+    """The layers of adapter files in memory, as ``writing.adapter_files`` makes them, for each form among them.
+
+    ``{"diffusers": layers, "peft": layers, "kohya": layers}``. Raises UserError (refused) as `read_adapter` does.
+    """
+    from safetensors.torch import load
+
+    forms: dict[str, dict[Where, LoraLayer]] = {}
+    for name, data in files.items():
+        folder, _, file = name.rpartition("/")
+        if not file.endswith(".safetensors"):
+            continue
+        try:
+            tensors = load(data)
+            metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+        except (SafetensorError, ValueError) as error:
+            raise refused(f"{name}: cannot be read back ({error}); save it again") from None
+        settings = files[f"{folder}/{_PEFT_SETTINGS}"].decode() if file == _PEFT_FILE else None
+        form = "peft" if settings else "diffusers" if file == _DIFFUSERS_FILE else "kohya"
+        names, rules = _names_and_rules(name, tensors, metadata, settings, _PEFT_FOLDERS.get(folder))
+        forms.setdefault(form, {}).update(assemble(tensors, names, rules, name))
+    return forms
 
 
 class _Source(NamedTuple):
@@ -130,15 +191,11 @@ def _peft_source(folder: Path, component: str | None = None) -> _Source:
     return _Source(file, component or _PEFT_FOLDERS.get(folder.resolve().name), folder / _PEFT_SETTINGS)
 
 
-def _name_of(path: Path) -> str:
+def name_of(path: Path) -> str:
     """The file's name, or the folder's where the file has the name that every adapter of that format has."""
     if path.is_dir():
         return path.resolve().name
     return path.resolve().parent.name if path.name in (_DIFFUSERS_FILE, _PEFT_FILE) else path.stem
-
-
-def _is_kohya(header: Header) -> bool:
-    return any(name.startswith("lora_") for name in header.tensors)
 
 
 def _read_adapter_header(file: Path) -> Header:
@@ -153,35 +210,40 @@ def _read_adapter_header(file: Path) -> Header:
     return header
 
 
-def _read_layers(source: _Source, header: Header) -> dict[Where, LoraLayer]:
-    label, component = str(source.file), None
-    if source.settings:
-        settings = _parse_settings(_read_settings(source.settings), str(source.settings))
-        component = source.component or _component_of(settings, header)
-        rules = {component: ScaleRule.from_peft(settings, str(source.settings))}
-    elif any(name.startswith("base_model.model.") for name in header.tensors):
-        raise refused(f"{label}: is a PEFT file without its {_PEFT_SETTINGS}, which holds its alpha; copy the whole folder")
-    else:
-        rules = _diffusers_rules(header.metadata, label)
-    names = split_names(header.tensors, label, component)
-    for name, tensor in header.tensors.items():
-        if tensor.dtype not in (_ALPHA_DTYPES if names[name].role == "alpha" else _WEIGHT_DTYPES):
-            raise refused(f"{label}: tensor {quoted(name)} is of type {tensor.dtype}; save the LoRA as F16, BF16 or F32")
+def _read_layers(part: AdapterPart) -> dict[Where, LoraLayer]:
+    from safetensors.torch import load_file
+
     try:
-        tensors = load_file(source.file)
+        tensors = load_file(part.file)
     except (SafetensorError, OSError) as error:
-        raise refused(f"{label}: cannot be read ({error}); copy or download it again") from None
+        raise refused(f"{part.file}: cannot be read ({error}); copy or download it again") from None
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
             tensors[name] = tensor.half()  # every fp8 number is an fp16 number, and fp16 can be computed with
-    return assemble(tensors, names, rules, label)
+    return assemble(tensors, part.names, part.rules, str(part.file))
 
 
-def _component_of(settings: Mapping[str, Any], header: Header) -> str:
+def _names_and_rules(
+    label: str, tensors: Collection[str], metadata: Mapping[str, str], settings: str | None, component: str | None
+) -> tuple[dict[str, TensorName], dict[str, ScaleRule]]:
+    """What a file's tensors mean, and how its layers are scaled; ``settings`` is the text of PEFT's adapter_config.json."""
+    if settings is not None:
+        where = str(Path(label).with_name(_PEFT_SETTINGS))
+        table = _parse_settings(settings, where)
+        component = component or _component_of(table, tensors)
+        rules = {component: ScaleRule.from_peft(table, where)}
+    elif any(name.startswith("base_model.model.") for name in tensors):
+        raise refused(f"{label}: is a PEFT file without its {_PEFT_SETTINGS}, which holds its alpha; copy the whole folder")
+    else:
+        rules = _diffusers_rules(metadata, label)
+    return split_names(tensors, label, component), rules
+
+
+def _component_of(settings: Mapping[str, Any], tensors: Collection[str]) -> str:
     """The component that a PEFT folder belongs to, when its own name does not say: by the model's class, or by its layers."""
     mapping = settings.get("auto_mapping")
     by_class = _PEFT_CLASSES.get(str(mapping.get("base_model_class"))) if isinstance(mapping, dict) else None
-    return by_class or ("text_encoder" if any("encoder.layers." in name for name in header.tensors) else "unet")
+    return by_class or ("text_encoder" if any("encoder.layers." in name for name in tensors) else "unet")
 
 
 def _diffusers_rules(metadata: Mapping[str, str], label: str) -> dict[str, ScaleRule]:

@@ -5,7 +5,11 @@ output. No weight of the model is ever changed, so taking the hooks off gives th
 is exchanged in milliseconds, without reading the model again and wherever its weights lie (card, memory or, offloaded,
 nowhere yet): accelerate's offloading replaces ``module.forward``, and hooks run around that.
 
-LoRA: Hu et al. 2021, arXiv 2106.09685. Rank-stabilised scale: Kalajdzievski 2023, arXiv 2312.03732.
+A weight other than 1 goes part of the way, or beyond, from the model's weight to the adapted one; for a DoRA, too, as in
+A1111 and ComfyUI.
+
+LoRA: Hu et al. 2021, arXiv 2106.09685. Rank-stabilised scale: Kalajdzievski 2023, arXiv 2312.03732. DoRA: Liu et al. 2024,
+arXiv 2402.09353.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from src.errors import refused, usage_error
@@ -137,42 +142,106 @@ class AdapterStack:
         return found, report
 
     def _replace_hooks(self, parts: Mapping[nn.Module, Sequence[tuple[LoraLayer, float]]]) -> None:
+        hooks = {module: _LowRankSum(module, part) for module, part in parts.items()}
         for handle in self._handles:
             handle.remove()
-        self._handles = [module.register_forward_hook(_LowRankSum(module, part)) for module, part in parts.items()]
+        self._handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
         # Compiled code does not look again whether a module has hooks: unless it is forgotten, the change would go unseen.
         if any(part._compiled_call_impl is not None for model in self._models.values() for part in model.modules()):
             torch.compiler.reset()
 
 
 class _LowRankSum:
-    """The forward hook of one module: all its adapters as one pair of products, of rank R = the sum of their ranks."""
+    """The forward hook of one module: all its adapters as one pair of products, of rank R = the sum of their ranks.
+
+    An adapter of weight w changes the module's weight W into W + w * (W' - W), W' being the adapted one. For a DoRA, W' is
+    V = W + scale * up @ down with its rows (or columns) brought to given lengths, that is V times a gain for each of them:
+
+        rows     (W' - W) x = (gain - 1) * (W x) + gain * scale * up(down(x)),  where W x is the output without its bias
+        columns  (W' - W) x = W ((gain - 1) * x) + scale * up(down(gain * x)),  where W is the module itself, run again
+    """
 
     def __init__(self, module: nn.Module, parts: Sequence[tuple[LoraLayer, float]]) -> None:
         self._weight_shape = _weight_shape(module)
         self._parts = parts
+        self._gains = [None if layer.magnitude is None else _gain(module, layer) for layer, _ in parts]
+        self._bias: Tensor | None = None
+        if any(gain is not None for gain in self._gains) and module.bias is not None:
+            with align_module_device(module):
+                self._bias = module.bias.detach().to("cpu", torch.float32)
         self._down: Tensor | None = None
         self._up: Tensor | None = None
+        self._row_gain: Tensor | None = None  # the sum of w * (gain - 1)
+        self._column_gain: Tensor | None = None
+        self._offset: Tensor | None = None
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         # The output says where and in which precision the module computes; its weight may be offloaded or stored smaller.
         if self._down is None or self._down.device != output.device or self._down.dtype != output.dtype:
-            self._down, self._up = self._fold(output.device, output.dtype)
+            self._fold(output.device, output.dtype)
         x = inputs[0].to(output.device, output.dtype)
         if isinstance(module, nn.Conv2d):  # _conv_forward has the module's stride, padding and padding mode
             update = F.conv2d(module._conv_forward(x, self._down, None), self._up)
         else:
             update = F.linear(F.linear(x, self._down), self._up)
+        if self._row_gain is not None:
+            update.addcmul_(output, self._row_gain)
+        if self._column_gain is not None:
+            update.add_(module.forward(x * self._column_gain))
+        if self._offset is not None:
+            update.add_(self._offset)
         return output.add_(update)  # in place: the output is the module's own, and a wide layer's is large
 
     @torch.no_grad()
-    def _fold(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Concatenate along the rank, with weight and scale folded into ``up``; computed in float32, rounded once."""
+    def _fold(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Concatenate along the rank, with weights, scales and gains folded in; computed in float32, rounded once."""
         out, *rest = self._weight_shape  # rest: (in,) or (in, h, w)
-        down = torch.cat([layer.down.to(device).float().reshape(layer.rank, *rest) for layer, _ in self._parts])
-        ups = [layer.up.to(device).float().flatten(1) * (layer.scale * weight) for layer, weight in self._parts]
-        up = torch.cat(ups, dim=1).reshape(out, -1, *[1] * (len(rest) - 1))
-        return down.to(dtype), up.to(dtype)  # (R, in) and (out, R), or (R, in, h, w) and (out, R, 1, 1)
+        tail = [1] * (len(rest) - 1)
+        downs, ups = [], []
+        rows, columns = torch.zeros(out, 1, device=device), torch.zeros(1, rest[0], *tail, device=device)
+        for (layer, weight), gain in zip(self._parts, self._gains):
+            down = layer.down.to(device).float().reshape(layer.rank, *rest)
+            up = layer.up.to(device).float().flatten(1) * (layer.scale * weight)
+            if gain is not None and gain.ndim == 1:
+                gain = gain.to(device)[:, None]
+                rows += weight * (gain - 1)
+                up = up * gain
+            elif gain is not None:
+                gain = gain.to(device).reshape(columns.shape)
+                columns += weight * (gain - 1)
+                down = down * gain
+            downs.append(down)
+            ups.append(up)
+        self._down = torch.cat(downs).to(dtype)  # (R, in) or (R, in, h, w)
+        self._up = torch.cat(ups, dim=1).reshape(out, -1, *tail).to(dtype)  # (out, R) or (out, R, 1, 1)
+        kinds = {gain.ndim == 1 for gain in self._gains if gain is not None}
+        self._row_gain = rows.reshape(out, *tail).to(dtype) if True in kinds else None
+        self._column_gain = columns.squeeze(0).to(dtype) if False in kinds else None
+        if self._bias is not None:  # it is in the output that the rows' gain multiplies, and once more in a second run
+            offset = -self._bias.to(device)[:, None] * (rows + (1.0 if False in kinds else 0.0))
+            self._offset = offset.reshape(out, *tail).to(dtype)
+
+
+@torch.no_grad()
+def _gain(module: nn.Module, layer: LoraLayer) -> Tensor:
+    """What brings the rows, or columns, of W + scale * up @ down to a DoRA's lengths; float32, on the CPU.
+
+    (out,) for rows; (1, in) or (1, in, 1, 1) for columns. A row of zeros has no direction, and stays.
+    """
+    with align_module_device(module):  # accelerate's offloading keeps the weight elsewhere between two calls
+        weight = module.weight.detach()
+        if weight.shape != _weight_shape(module) or not weight.is_floating_point():
+            raise refused("a DoRA needs the model's own weights, and these are quantised; take a plain LoRA")
+        weight = weight.float()
+        change = layer.up.to(weight.device).float().flatten(1) @ layer.down.to(weight.device).float().flatten(1)
+        adapted = weight + layer.scale * change.reshape(weight.shape)
+        assert layer.magnitude is not None
+        if layer.magnitude.ndim == 1:
+            length = adapted.flatten(1).norm(dim=1)
+        else:
+            length = adapted.transpose(0, 1).flatten(1).norm(dim=1).reshape(layer.magnitude.shape)
+        gain = layer.magnitude.to(weight.device).float() / length
+        return torch.where(length > 0, gain, 1.0).cpu()
 
 
 def _weight_shape(module: nn.Module) -> tuple[int, ...]:

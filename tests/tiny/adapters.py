@@ -59,6 +59,7 @@ class Layer:
     up: Tensor  # (out, r) or (out, r, 1, 1)
     alpha: float
     mid: Tensor | None = None  # (r, r, h, w)
+    magnitude: Tensor | None = None  # DoRA: of the weight's shape, 1 in all axes but that of the outputs, or of the inputs
 
     def difference(self, scale: float | None = None) -> Tensor:
         """What is added to the weight: up @ down times alpha / r, convolution by convolution."""
@@ -69,6 +70,16 @@ class Layer:
         if down.ndim == 4:
             return scale * torch.einsum("or,rihw->oihw", up[:, :, 0, 0], down)
         return scale * (up @ down)
+
+    def change(self, base: Tensor, scale: float | None = None) -> Tensor:
+        """What the adapter adds to the weight ``base``: a DoRA also brings rows or columns to their lengths."""
+        base = base.double()
+        adapted = base + self.difference(scale).reshape(base.shape)
+        if self.magnitude is not None:
+            magnitude = self.magnitude.double().reshape([n if n == m else 1 for n, m in zip(base.shape, self.magnitude.shape)])
+            axes = [axis for axis in range(base.ndim) if magnitude.shape[axis] == 1]
+            adapted = adapted / adapted.pow(2).sum(axes, keepdim=True).sqrt() * magnitude
+        return adapted - base
 
 
 def components(pipeline: object) -> dict[str, nn.Module]:
@@ -82,9 +93,9 @@ def in_model(model: nn.Module, module: str) -> nn.Module:
 
 def random_layers(
     pipeline: object, rank: int = 4, alpha: float = 8.0, seed: int = 1, targets: str = LINEAR, mid: bool = False,
-    only: Iterable[str] = ("unet", "text_encoder", "text_encoder_2"),
+    only: Iterable[str] = ("unet", "text_encoder", "text_encoder_2"), dora: int | None = None,
 ) -> list[Layer]:  # fmt: skip
-    """Random layers, strong enough to move the output well away from the base."""
+    """Random layers, strong enough to move the output well away from the base. ``dora``: the axis that has lengths, 0 or 1."""
     dice = torch.Generator().manual_seed(seed)
     layers = []
     for component, model in components(pipeline).items():
@@ -100,6 +111,10 @@ def random_layers(
             if mid and rest[1:] == [3, 3]:
                 layer.down = torch.randn(rank, rest[0], 1, 1, generator=dice) / rest[0] ** 0.5
                 layer.mid = torch.randn(rank, rank, 3, 3, generator=dice) / (9 * rank) ** 0.5
+            if dora is not None:
+                lengths = module.weight.detach().transpose(0, dora).flatten(1).norm(dim=1)
+                lengths = lengths * (0.7 + 0.6 * torch.rand(lengths.shape, generator=dice))
+                layer.magnitude = lengths.reshape([-1 if axis == dora else 1 for axis in range(module.weight.ndim)])
             layers.append(layer)
     return layers
 
@@ -111,8 +126,8 @@ def merged(pipeline: object, *weighted: tuple[list[Layer], float], scale: float 
         for layer in layers:
             parameter = in_model(models[layer.component], layer.module).weight
             with torch.no_grad():
-                difference = weight * layer.difference(scale)
-                parameter.copy_(parameter.double() + difference.reshape(parameter.shape))
+                base = in_model(components(pipeline)[layer.component], layer.module).weight
+                parameter.copy_(parameter.double() + weight * layer.change(base, scale))
     return models
 
 
@@ -191,6 +206,8 @@ def write_kohya(
         tensors[f"{name}.alpha"] = torch.tensor(layer.alpha).to(dtype)
         if layer.mid is not None:
             tensors[f"{name}.lora_mid.weight"] = layer.mid.to(dtype)
+        if layer.magnitude is not None:
+            tensors[f"{name}.dora_scale"] = layer.magnitude.to(dtype)
     save_file(tensors, path, metadata=metadata)
     return path
 
@@ -216,6 +233,9 @@ def write_diffusers(folder: Path, layers: list[Layer], style: str = "new", setti
         down, up = DIFFUSERS_STYLES[style][layer.component != "unet"]
         tensors[f"{layer.component}.{module}{down}"] = layer.down
         tensors[f"{layer.component}.{module}{up}"] = layer.up
+        if layer.magnitude is not None:
+            end = "" if layer.component == "unet" else ".weight"  # transformers 5 overlooks the name without it
+            tensors[f"{layer.component}.{layer.module}.lora_magnitude_vector{end}"] = peft_magnitude(layer)
     if settings is None:
         settings = {}
         for layer in layers:
@@ -223,9 +243,15 @@ def write_diffusers(folder: Path, layers: list[Layer], style: str = "new", setti
             # Only diffusers' loader wants these, and by the names of transformers 5, whatever the tensors are called.
             target = layer.module.removeprefix("text_model.") if layer.component == "text_encoder" else layer.module
             settings.setdefault(f"{layer.component}.target_modules", []).append(target)
+            settings[f"{layer.component}.use_dora"] = layer.magnitude is not None
     metadata = {"format": "pt", **({"lora_adapter_metadata": json.dumps(settings)} if settings else {})}
     save_file(tensors, folder / "pytorch_lora_weights.safetensors", metadata=metadata)
     return folder
+
+
+def peft_magnitude(layer: Layer) -> Tensor:
+    """Lengths of rows as peft saves them: (out,) of a Linear, (1, out, 1, 1) of a convolution."""
+    return layer.magnitude.flatten() if layer.down.ndim == 2 else layer.magnitude.transpose(0, 1)
 
 
 PEFT_CLASSES = {
@@ -246,11 +272,13 @@ def write_peft(folder: Path, pipeline: object, layers: list[Layer], component: s
     for module, layer in mine.items():
         tensors[f"base_model.model.{module}.lora_A.weight"] = layer.down
         tensors[f"base_model.model.{module}.lora_B.weight"] = layer.up
+        if layer.magnitude is not None:
+            tensors[f"base_model.model.{module}.lora_magnitude_vector"] = peft_magnitude(layer)
     first = next(iter(mine.values()))
     config = {
         "peft_type": "LORA", "r": first.down.shape[0], "lora_alpha": first.alpha, "target_modules": sorted(mine),
         "auto_mapping": {"base_model_class": PEFT_CLASSES[component], "parent_library": "diffusers"},
-        "base_model_name_or_path": None, "bias": "none", "inference_mode": True, "use_dora": False, "use_rslora": False,
+        "base_model_name_or_path": None, "bias": "none", "inference_mode": True, "use_dora": first.magnitude is not None, "use_rslora": False,
         "rank_pattern": {}, "alpha_pattern": {}, **settings,
     }  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(config))

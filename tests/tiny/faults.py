@@ -5,14 +5,24 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from src.errors import UserError
 
 POSIX = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and signals")
+
+
+@contextmanager
+def memory_folder() -> Iterator[Path]:
+    """A folder in memory where there is one: a disk is slow where thousands of folders are made."""
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared if os.access(shared, os.W_OK) else None) as folder:
+        yield Path(folder)
 
 
 def in_child(action: Callable[[], object]) -> int:
@@ -26,6 +36,50 @@ def in_child(action: Callable[[], object]) -> int:
             print(type(error).__name__, error, flush=True)
             os._exit(1)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+BOUNDARIES = ("open", "close", "write", "ftruncate", "fsync", "mkdir", "rename", "replace", "link", "unlink", "rmdir")
+
+
+def count_calls(nth: int, at_nth: Callable[[str, tuple], object], flush: bool = False) -> Callable[[], int]:
+    """From now on, in this process: call ``at_nth`` before the n-th system call that may change the disk.
+
+    ``flush=False`` leaves out real flushes, which a kill does not need and which are slow. Returns the count of calls so far.
+    """
+    count = 0
+
+    def counted(name: str, real: Callable) -> Callable:
+        def call(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count == nth:
+                at_nth(name, args)
+            return None if name == "fsync" and not flush else real(*args, **kwargs)
+
+        return call
+
+    for name in BOUNDARIES:
+        setattr(os, name, counted(name, getattr(os, name)))
+    return lambda: count
+
+
+def die_at(nth: int) -> None:
+    """Let this process be killed before its n-th boundary, in the middle of it if that is a write."""
+    real_write = os.write
+
+    def die(name: str, args: tuple) -> None:
+        if name == "write":
+            real_write(args[0], args[1][: len(args[1]) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    count_calls(nth, die)
+
+
+def killed_at(nth: int, action: Callable[[], object]) -> bool:
+    """Run ``action`` in a child that is killed at its n-th boundary; False if it got through."""
+    status = in_child(lambda: (die_at(nth), action()))
+    assert status in (0, -signal.SIGKILL), f"failed by itself at boundary {nth}"
+    return status != 0
 
 
 def no_hard_links(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,370 @@
+"""A folder of pictures with captions -> the examples of a training, and the order in which they are drawn.
+
+The order has no state: which pictures, captions and mirrorings make batch number n, and the key of each one's noise,
+follow from the seed and n alone. A training that is stopped goes on at any n as if it had not been.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+
+from PIL import Image
+
+from src.captions import read_captions, repeats_of
+from src.errors import UserError, not_found, refused, usage_error
+from src.files import sha256_of
+from src.images import PICTURE_SUFFIXES, fit_to, picture_size, read_image, read_mask
+from src.prepared_folder import Origin, read_prepared
+
+MASK_ENDING = "-masklabel"  # OneTrainer's convention: NAME-masklabel.png beside NAME.png
+VALIDATION_EVERY = 10  # by default, where there are that many
+MAX_ASPECT = 4.0  # of a bucket, as in kohya's trainer
+_KEY_BITS = 63
+_PREPARE = "`python -m src.prepare_dataset` sorts such pictures out"
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One picture with its captions, and how it is cut to the size that is trained."""
+
+    path: Path
+    captions: tuple[str, ...]  # at least one
+    size_px: tuple[int, int]  # (width, height) of its bucket
+    original_px: tuple[int, int]  # (width, height) as it was taken
+    crop_top_left: tuple[int, int]  # (top, left) in pixels, after scaling and before cropping
+    sha256: str  # of the file's bytes
+    mask: Path | None = None
+    weight: float = 1.0  # of its loss
+    repeats: int = 1  # visits an epoch
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """The pictures of a folder: those that are learnt, and those that judge."""
+
+    folder: Path
+    train: tuple[Example, ...]
+    held_out: tuple[Example, ...]
+    trigger: str | None
+    digest: str  # of all that a training sees of the folder
+    notes: tuple[str, ...]  # what the user should know, a line each
+
+
+# --- reading -------------------------------------------------------------------------------------------------------------
+
+
+def read_dataset(
+    folder: Path,
+    resolution_px: int,
+    *,
+    step_px: int,
+    buckets: bool,
+    validation_every: int | None,
+    masked: bool = False,
+    fixed_caption: str | None = None,
+    weight: float = 1.0,
+) -> Dataset:
+    """Read a prepared folder, kohya's ``10_name`` folders, or any tree of pictures with captions.
+
+    ``buckets`` keeps aspect ratios in sizes of about ``resolution_px``^2 pixels whose sides are multiples of ``step_px``;
+    otherwise all pictures are cut to a square. Every ``validation_every``-th picture by name is held out (None: every
+    tenth where there are ten, 0: none). ``fixed_caption`` stands for all captions. Headers are read, pixels are not.
+
+    Raises UserError: not found (folder, or a picture that the folder's metadata names), refused (no picture, damaged
+    headers, captions), usage (a resolution, ``validation_every`` or ``masked`` that cannot be).
+    """
+    if validation_every == 1:
+        raise usage_error("validation_every 1 would hold out every picture; give 2 or more, or 0 for none")
+    sizes_px = bucket_sizes(resolution_px, step_px) if buckets else [(resolution_px, resolution_px)]
+    paths = _find_pictures(folder)
+    prepared = read_prepared(folder)
+    captions, notes = _captions(folder, paths, prepared.trigger, fixed_caption)
+    pictures_px = _picture_sizes(paths)
+    masks = _find_masks(paths, pictures_px, notes) if masked else {}
+    examples = []
+    for path in paths:
+        origin = prepared.origins.get(path.relative_to(folder).as_posix())
+        size_px, original_px, crop_top_left = _placed(pictures_px[path], sizes_px, origin)
+        repeats = origin.repeats if origin else repeats_of(folder, path)
+        examples.append(
+            Example(
+                path, captions[path], size_px, original_px, crop_top_left, sha256_of(path), masks.get(path), weight, repeats
+            )
+        )
+    notes += _size_notes(examples, pictures_px)
+    every = (VALIDATION_EVERY if len(examples) >= VALIDATION_EVERY else 0) if validation_every is None else validation_every
+    held_out = set(range(every - 1, len(examples), every)) if every else set()
+    train = tuple(item for index, item in enumerate(examples) if index not in held_out)
+    judges = tuple(examples[index] for index in sorted(held_out))
+    return Dataset(folder, train, judges, prepared.trigger, _digest(train, judges), tuple(notes))
+
+
+def bucket_sizes(resolution_px: int, step_px: int) -> list[tuple[int, int]]:
+    """The (width, height) that pictures are cut to: multiples of ``step_px``, at most ``resolution_px``^2 pixels, up to 4:1.
+
+    For each width the largest such height, and the same turned by 90 degrees. Raises UserError (usage) unless the
+    resolution is a multiple of the step.
+    """
+    if resolution_px % step_px:
+        low = resolution_px // step_px * step_px
+        nearest = f"{low} or {low + step_px}" if low else f"{step_px}"
+        raise usage_error(
+            f"resolution {resolution_px} with buckets must be a multiple of {step_px} for this model; "
+            f"use {nearest}, or --no-buckets"
+        )
+    sizes_px = set()
+    for width_px in range(step_px, resolution_px + 1, step_px):
+        height_px = resolution_px**2 // width_px // step_px * step_px
+        if height_px <= MAX_ASPECT * width_px:
+            sizes_px |= {(width_px, height_px), (height_px, width_px)}
+    return sorted(sizes_px)
+
+
+def load_picture(example: Example, flip: bool = False) -> Image.Image:
+    """The picture as it is trained: RGB, scaled to cover its bucket, cut at its centre, mirrored if ``flip``.
+
+    Raises UserError for a file that is gone or damaged.
+    """
+    return _fitted(read_image, example.path, example, flip)
+
+
+def load_mask(example: Example, flip: bool = False) -> Image.Image | None:
+    """The mask in the size and cut of the picture: mode "L", white counts. None if there is none. Raises UserError."""
+    return None if example.mask is None else _fitted(read_mask, example.mask, example, flip)
+
+
+def _fitted(read: Callable[[Path], Image.Image], path: Path, example: Example, flip: bool) -> Image.Image:
+    try:
+        picture = read(path)
+    except UserError as error:
+        raise UserError(f"{error}; {_PREPARE}", error.exit_code) from None
+    picture = fit_to(picture, *example.size_px)
+    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else picture
+
+
+def _find_pictures(folder: Path) -> list[Path]:
+    """Every picture below ``folder`` that is neither hidden nor a mask, by name."""
+    if not folder.is_dir():
+        kind = "is not a folder" if folder.exists() else "no such folder"
+        raise not_found(f"{folder}: {kind}; name the folder that `python -m src.prepare_dataset` made, or one of pictures")
+    paths = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found = (Path(parent, name) for name in names if not name.startswith("."))
+        paths += [path for path in found if path.suffix.lower() in PICTURE_SUFFIXES and not path.stem.endswith(MASK_ENDING)]
+    if not paths:
+        raise refused(f"{folder}: holds no pictures; run `python -m src.prepare_dataset --src PHOTOS --dst {folder}` first")
+    return sorted(paths, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _captions(
+    folder: Path, paths: Sequence[Path], trigger: str | None, fixed_caption: str | None
+) -> tuple[dict[Path, tuple[str, ...]], list[str]]:
+    """At least one caption for each picture, and notes."""
+    if fixed_caption is not None:
+        return dict.fromkeys(paths, (fixed_caption,)), []
+    captions, notes = read_captions(folder, paths)
+    silent = [path for path in paths if not captions[path]]
+    if silent and trigger is None:
+        raise refused(
+            f"{folder}: no caption for {_some([path.relative_to(folder).as_posix() for path in silent])}; write what is to be "
+            'seen into a .txt file of the same name, or prepare with --caption-template "a photo of {trigger}"'
+        )
+    if silent:
+        notes.append(f"{len(silent)} of {len(paths)} pictures have no caption; they are trained with the trigger, '{trigger}'")
+    return captions | dict.fromkeys(silent, (trigger or "",)), notes
+
+
+def _picture_sizes(paths: Sequence[Path]) -> dict[Path, tuple[int, int]]:
+    """(width, height) of each picture, from the headers alone."""
+    sizes_px, problems = {}, []
+    for path in paths:
+        try:
+            sizes_px[path] = picture_size(path)
+        except UserError as error:
+            problems.append(error)
+    if problems:
+        others = f" (and {len(problems) - 1} more pictures)" if len(problems) > 1 else ""
+        raise UserError(f"{problems[0]}{others}; {_PREPARE}", problems[0].exit_code)
+    return sizes_px
+
+
+def _placed(
+    picture_px: tuple[int, int], sizes_px: Sequence[tuple[int, int]], origin: Origin | None
+) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """A picture's bucket (nearest in aspect ratio, then the largest), its original size, and where its cut begins: (top, left).
+
+    ``origin``: the cut that prepare_dataset made before, of which SDXL is told as if both were one.
+    """
+    aspect = math.log(picture_px[0] / picture_px[1])
+    size_px = min(sizes_px, key=lambda size: (abs(math.log(size[0] / size[1]) - aspect), -size[0] * size[1]))
+    scale = _scale(picture_px, size_px)
+    left_px, top_px = ((side * scale - kept) / 2 for side, kept in zip(picture_px, size_px))
+    if origin is None or origin.size_px != picture_px:  # or the prepared picture was cut by somebody else since
+        return size_px, picture_px, (round(top_px), round(left_px))
+    left_px, top_px = (own + before * origin.scale * scale for own, before in zip((left_px, top_px), origin.crop_left_top))
+    return size_px, origin.source_px, (round(top_px), round(left_px))
+
+
+def _scale(picture_px: tuple[int, int], size_px: tuple[int, int]) -> float:
+    """By how much a picture is enlarged to cover its bucket."""
+    return max(kept / side for side, kept in zip(picture_px, size_px))
+
+
+def _find_masks(paths: Sequence[Path], pictures_px: Mapping[Path, tuple[int, int]], notes: list[str]) -> dict[Path, Path]:
+    """The mask of each picture that has one; it must have the picture's shape, or it would mark something else."""
+    candidates = {path: path.with_name(f"{path.stem}{MASK_ENDING}.png") for path in paths}
+    masks = {path: mask for path, mask in candidates.items() if mask.is_file()}
+    if not masks:
+        name = candidates[paths[0]].name
+        raise refused(f"{paths[0].parent}: masked loss, but there is no mask such as {name}; paint white what counts")
+    for path, mask in masks.items():
+        (width, height), (mask_width, mask_height) = pictures_px[path], picture_size(mask)
+        if abs(mask_width * height - mask_height * width) > max(width, height, mask_width, mask_height):  # a pixel off
+            raise refused(f"{mask}: {mask_width}x{mask_height} is not the shape of {path.name}; make the mask anew")
+    if len(masks) < len(paths):
+        notes.append(f"{len(paths) - len(masks)} of {len(paths)} pictures have no mask; all of such a picture counts")
+    return masks
+
+
+def _size_notes(examples: Sequence[Example], pictures_px: Mapping[Path, tuple[int, int]]) -> list[str]:
+    """How many pictures are enlarged, and which sizes are trained."""
+    notes = []
+    scales = {item.path: _scale(pictures_px[item.path], item.size_px) for item in examples}
+    if enlarged := [path for path, scale in scales.items() if scale > 1]:
+        worst = max(enlarged, key=lambda path: scales[path])
+        width_px, height_px = pictures_px[worst]
+        notes.append(
+            f"{len(enlarged)} of {len(examples)} pictures are smaller than the training size and are enlarged, most of all "
+            f"{worst.name} ({width_px}x{height_px}, by {scales[worst]:.2g}); larger originals or a smaller --resolution help"
+        )
+    counts = Counter(item.size_px for item in examples)
+    if len(counts) > 1:
+        notes.append("sizes: " + ", ".join(f"{w}x{h} ({count})" for (w, h), count in counts.most_common()))
+    return notes
+
+
+def _digest(train: Sequence[Example], held_out: Sequence[Example]) -> str:
+    """SHA-256 of everything that a training sees of its pictures. File names are not part of it: they only order them."""
+    rows = [
+        (*astuple(replace(item, path=None, mask=None)), sha256_of(item.mask) if item.mask else None)
+        for item in (*train, *held_out)
+    ]
+    return hashlib.sha256(json.dumps([len(train), rows]).encode()).hexdigest()
+
+
+def _some(names: Sequence[str], shown: int = 10) -> str:
+    """Up to ten names, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+# --- order ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One visit to one example."""
+
+    example: int  # its index
+    caption: int  # index of the caption, -1: none
+    flip: bool
+    key: int  # 63 bits, another one for each visit: what is random about it comes from here
+
+
+def subkey(key: int, purpose: str) -> int:
+    """A key of 63 bits for one ``purpose`` of ``key``: what is drawn from it tells nothing about any other purpose."""
+    digest = hashlib.blake2b(f"{key} {purpose}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class Order:
+    """Which examples make which batch, for ever: a pure function of the arguments and the batch's index.
+
+    An epoch holds every example ``repeats`` times. Where some are ``priors`` (pictures of the class, for prior
+    preservation), it holds the others so, and as many priors as these, taken in turn from epoch to epoch.
+
+    Only examples of one group stand in a batch. A group's last batch, if short, is filled up with pictures of the group, so
+    that every step sees equally many.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Hashable],
+        repeats: Sequence[int],
+        caption_counts: Sequence[int],
+        *,
+        batch_size: int,
+        seed: int,
+        caption_dropout: float,
+        flip: bool,
+        priors: Sequence[bool] | None = None,
+    ) -> None:
+        self._repeats, self._caption_counts = repeats, caption_counts
+        self._batch_size, self._seed = batch_size, seed
+        self._caption_dropout, self._flip = caption_dropout, flip
+        priors = priors or [False] * len(groups)
+        self._subjects: dict[Hashable, list[int]] = defaultdict(list)
+        self._priors: dict[Hashable, list[int]] = defaultdict(list)
+        for index, group in enumerate(groups):
+            (self._priors if priors[index] else self._subjects)[group].append(index)
+        visits = sum(repeats[index] for members in self._subjects.values() for index in members)
+        self._prior_visits = _shares(visits, {group: len(members) for group, members in self._priors.items()})
+        self._cached: tuple[int, list[list[tuple[int, int]]]] = (-1, [])
+        self.batches_per_epoch = len(self._epoch(0))
+        self.fill_ups = self.batches_per_epoch * batch_size - visits - sum(self._prior_visits.values())  # an epoch
+
+    def batch(self, index: int) -> list[Draw]:
+        """The draws of batch ``index`` (from 0, without end); all processes together work on them."""
+        epoch, place = divmod(index, self.batches_per_epoch)
+        return [self._draw(epoch, example, visit) for example, visit in self._epoch(epoch)[place]]
+
+    def _epoch(self, epoch: int) -> list[list[tuple[int, int]]]:
+        """The batches of one epoch; each entry is an example and which of its visits in this epoch it is."""
+        if self._cached[0] != epoch:
+            source = random.Random(f"{self._seed} {epoch}")
+            batches = []
+            for group in dict.fromkeys([*self._subjects, *self._priors]):
+                batches += self._group_batches(group, epoch, source)
+            source.shuffle(batches)
+            self._cached = epoch, batches
+        return self._cached[1]
+
+    def _group_batches(self, group: Hashable, epoch: int, source: random.Random) -> list[list[tuple[int, int]]]:
+        members = [index for index in self._subjects.get(group, []) for _ in range(self._repeats[index])]
+        if pool := self._priors.get(group):
+            count = self._prior_visits[group]
+            members += [pool[(epoch * count + turn) % len(pool)] for turn in range(count)]
+        source.shuffle(members)
+        members += [members[extra % len(members)] for extra in range(-len(members) % self._batch_size)]
+        visits: Counter[int] = Counter()
+        entries = []
+        for index in members:
+            entries.append((index, visits[index]))
+            visits[index] += 1
+        return [entries[start : start + self._batch_size] for start in range(0, len(entries), self._batch_size)]
+
+    def _draw(self, epoch: int, example: int, visit: int) -> Draw:
+        # By the visit and not by the place in the epoch: so a picture meets the same noise whatever the batch size is.
+        key = subkey(self._seed, f"epoch {epoch} example {example} visit {visit}")
+        dropped = subkey(key, "caption dropout") < self._caption_dropout * 2**_KEY_BITS
+        caption = -1 if dropped else subkey(key, "caption") % self._caption_counts[example]
+        return Draw(example, caption, self._flip and bool(subkey(key, "flip") & 1), key)
+
+
+def _shares(total: int, sizes: Mapping[Hashable, int]) -> dict[Hashable, int]:
+    """``total`` split in proportion to ``sizes`` (largest remainders get what is left over)."""
+    everything = sum(sizes.values())
+    shares = {group: total * size // everything for group, size in sizes.items()}
+    by_remainder = sorted(sizes, key=lambda group: -(total * sizes[group] % everything))
+    for group in by_remainder[: total - sum(shares.values())]:
+        shares[group] += 1
+    return shares

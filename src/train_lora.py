@@ -1,0 +1,160 @@
+"""The door of ``python -m src.train_lora``: reads what was typed, checks what can be checked, and only then imports torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from src import model_source
+from src.checkpoints import Checkpoint, CheckpointFolder, read_manifest
+from src.config import set_value, setting_names
+from src.dataset import Dataset, read_dataset
+from src.doors import answer
+from src.errors import ExitCode, UserError, not_found, refused, usage_error
+from src.estimate import find_model
+from src.terminal import Terminal
+from src.train_arguments import apply_typed, build_run, help_text, parse_arguments
+from src.train_config import DEFAULT_STEPS, TrainRun
+
+# What may differ after a resume without being named: it does not change what is learnt.
+FREE_SETTINGS = {
+    "train.max_steps", "train.num_epochs", "train.output_dir", "train.name", "train.format", "train.keep",
+    "train.checkpoint_steps", "train.validation_steps", "train.sample_prompts", "train.sample_inference_steps",
+    "train.sample_guidance_scale", "train.sample_seed", "train.score", "train.tracker", "train.max_vram_gb",
+    "train.dataset_dir", "train.class_dir", "model.offline", "model.device",
+}  # fmt: skip
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the training and return the exit code. Errors are one line; ``--debug`` adds the traceback."""
+    return answer(argv, _run, "interrupted; the last checkpoint is kept, --resume goes on from it", as_json="--json" in argv)
+
+
+def _run(argv: Sequence[str], terminal: Terminal) -> int:
+    typed = parse_arguments(argv)
+    if "help" in typed:
+        print(help_text())
+        return ExitCode.OK
+    run = build_run(typed)
+    if "estimate_vram" in typed:
+        from src.training_memory import estimate
+
+        result = estimate(run)
+        print(json.dumps(result.as_json()) if terminal.as_json else result.text())
+        return ExitCode.OK
+    is_main = os.environ.get("RANK", "0") == "0"  # accelerate starts one process a card, and numbers them
+    say = terminal.say if is_main else lambda line: None
+    store = CheckpointFolder(Path(run.train.output_dir).expanduser(), say)
+    with store.lock() if is_main else contextlib.nullcontext():
+        checkpoint = _find_checkpoint(store, typed)
+        if checkpoint is not None:
+            run = _resumed_run(checkpoint, typed)
+            _refuse_finished(run, checkpoint, store)
+        dataset = _read_early(run)
+
+        from src import quiet
+
+        quiet.silence_libraries(verbose="verbose" in typed)
+        from src.training.trainer import Trainer  # torch: seconds, paid only when all that was typed is right
+
+        return Trainer(run, terminal, dataset).train(store, checkpoint, force="force" in typed)
+
+
+def _find_checkpoint(store: CheckpointFolder, typed: dict[str, Any]) -> Checkpoint | None:
+    """The checkpoint to go on from; None for a new training, which never writes over another."""
+    newest = store.newest(strict="strict_resume" in typed)
+    if "resume" in typed or "strict_resume" in typed:
+        if newest is None:
+            raise not_found(f"{store.root}: holds no whole checkpoint to resume from; start without --resume")
+        return newest
+    if newest is not None:
+        raise usage_error(
+            f"{store.root}: holds a training already ({newest.folder.name}); --resume goes on with it, "
+            "--output_dir names another folder"
+        )
+    return None
+
+
+def _resumed_run(checkpoint: Checkpoint, typed: dict[str, Any]) -> TrainRun:
+    """The settings of the checkpoint, and over them what was typed now. Raises UserError (usage) naming what differs."""
+    before, now = _stored_run(checkpoint), _stored_run(checkpoint)
+    if "train.max_steps" in typed:
+        now.train.num_epochs = None
+    if "train.num_epochs" in typed:
+        now.train.max_steps = None
+    apply_typed(now, typed)
+    free = set(FREE_SETTINGS)
+    if before.train.lr_scheduler != "constant":  # the curve is stretched over all steps
+        free -= {"train.max_steps", "train.num_epochs"}
+    changed = [
+        f"{name} {old} -> {new}"
+        for name in setting_names(now)
+        if name not in free and (old := _get(before, name)) != (new := _get(now, name))
+    ]
+    if changed and "force" not in typed:
+        raise usage_error(
+            f"--resume: other settings than those of {checkpoint.folder.name}: {', '.join(changed)}; "
+            "leave them out, or --force goes on with them"
+        )
+    return now
+
+
+def _refuse_finished(run: TrainRun, checkpoint: Checkpoint, store: CheckpointFolder) -> None:
+    """Nothing is left to do when all steps are done and ``final/`` is theirs. Raises UserError (usage)."""
+    steps = run.train.max_steps or (DEFAULT_STEPS if run.train.num_epochs is None else None)
+    if steps is None or checkpoint.step < steps:
+        return
+    try:
+        final = read_manifest(store.root / "final")
+    except UserError:
+        return  # stopped between the last checkpoint and final/: that is still to be published
+    if final.step == checkpoint.step:
+        raise usage_error(f"{store.root}: all {checkpoint.step} steps are done; --max_steps N trains on to step N")
+
+
+def _stored_run(checkpoint: Checkpoint) -> TrainRun:
+    run = TrainRun()
+    try:
+        for section, values in checkpoint.facts["run"].items():
+            for key, value in values.items():
+                set_value(run, f"{section}.{key}", value)
+    except (KeyError, AttributeError, TypeError, UserError) as error:
+        raise refused(f"{checkpoint.folder}: its settings are those of another version ({error}); start anew") from None
+    return run
+
+
+def _get(run: TrainRun, name: str) -> Any:
+    section, _, key = name.partition(".")
+    return getattr(getattr(run, section), key)
+
+
+def _read_early(run: TrainRun) -> Dataset | None:
+    """Find the model and read the pictures' headers and captions before torch is imported, where the model's size is known.
+
+    None for a hub model that has to be fetched first: then the trainer reads them.
+    """
+    config = run.app_config()
+    cache = run.paths.folder("cache")
+    source = model_source.resolve(
+        run.model.model_id, cache, run.model.offline, revision=run.model.revision, include_safety_checker=False
+    )
+    folder = Path(run.train.dataset_dir).expanduser()
+    if not folder.is_dir():
+        raise not_found(f"{folder}: no such folder; make one with python -m src.prepare_dataset --src PHOTOS --dst {folder}")
+    if source.path is None:
+        return None
+    shapes = find_model(config)[1]
+    levels = len(shapes.unet["block_out_channels"]) - 1
+    return read_dataset(
+        folder, run.train.resolution or shapes.native_px, step_px=shapes.latent_scale * 2**levels,
+        buckets=run.train.buckets, validation_every=run.train.validation_every, masked=run.train.masked_loss,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,57 @@
+"""accelerate: one process or many, which device, which precision; and what a run comes to in steps."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from src import base_models
+from src.base_models import LoadedModel
+from src.errors import usage_error
+from src.train_config import DEFAULT_STEPS, TrainRun
+
+
+def build_accelerator(run: TrainRun) -> Accelerator:
+    """The engine: one process or many, which device, which precision. Raises UserError (usage)."""
+    device = base_models.pick_device(run.model.device)
+    precision = run.train.mixed_precision
+    if precision == "auto":
+        picked = base_models.pick_dtype("auto", device)
+        precision = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "no"}[picked]
+        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+            precision = "bf16"  # the range of float32: no scaler, no overflow
+        if device.type == "mps":
+            precision = "no"
+    if precision == "fp16" and device.type == "cpu":
+        raise usage_error("mixed_precision fp16 needs a graphics card; use bf16 or no on a CPU")
+    options: dict[str, Any] = {}
+    if run.train.tracker:
+        if importlib.util.find_spec(run.train.tracker) is None:
+            raise usage_error(f"tracker {run.train.tracker} is not installed; pip install {run.train.tracker}")
+        options = {"log_with": run.train.tracker, "project_dir": str(Path(run.train.output_dir).expanduser() / "tracker")}
+    accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu", **options)
+    if run.train.tracker:
+        accelerator.init_trackers("train_lora", config={key: str(value) for key, value in run.to_dict()["train"].items()})
+    return accelerator
+
+
+def autocast_dtype(accelerator: Accelerator) -> torch.dtype:
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+
+def size_step_px(model: LoadedModel) -> int:
+    """What a picture's sides must be multiples of, so that the U-Net can halve its latents at each level."""
+    return model.pipeline.vae_scale_factor * 2 ** (len(model.pipeline.unet.config.block_out_channels) - 1)
+
+
+def total_steps(run: TrainRun, batches_per_epoch: int) -> int:
+    """``max_steps``, or what ``num_epochs`` come to, rounded up."""
+    train = run.train
+    if train.num_epochs is not None:
+        return math.ceil(train.num_epochs * batches_per_epoch / train.gradient_accumulation_steps)
+    return train.max_steps or DEFAULT_STEPS

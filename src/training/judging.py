@@ -1,0 +1,174 @@
+"""What happens at a checkpoint beside saving: a validation loss, sample pictures, a score, the best so far, the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from PIL import Image
+
+from src.base_models import LoadedModel
+from src.dataset import Dataset, Example, load_picture
+from src.diffusion import NoiseSchedule
+from src.train_config import TrainRun
+from src.training.history import History
+from src.training.latent_cache import LatentCache
+from src.training.live_text import LiveText
+from src.training.loop import Progress
+from src.training.samples import Sampler, save_samples
+from src.training.saving import Saver
+from src.training.scores import Best, Scorer, choose_best, load_clip
+from src.training.text_cache import Text, TextCache, time_ids
+from src.training.training_report import write
+from src.training.validation import Item, Validation
+
+BEST, FINAL = "best", "final"
+
+
+class Judge:
+    """Judges and publishes the adapter of one training; only the first process has one."""
+
+    def __init__(
+        self,
+        run: TrainRun,
+        model: LoadedModel,
+        dataset: Dataset,
+        latents: LatentCache,
+        texts: TextCache,
+        schedule: NoiseSchedule,
+        accelerator: Accelerator,
+        say: Callable[[str], None],
+    ) -> None:
+        """Encodes the sample prompts: to be made while the text encoders are still at hand."""
+        self._run, self._model, self._dataset, self._say = run, model, dataset, say
+        self._accelerator = accelerator
+        train = run.train
+        self._live_text = LiveText(model.pipeline) if train.train_text_encoder else None
+        items = [self._item(example, latents, texts) for example in dataset.held_out]
+        self._validation = Validation(items, schedule, seed=train.seed) if items else None
+        self._sampler = Sampler(model, train.sample_prompts, train, say) if train.sample_prompts else None
+        self._scorer = self._build_scorer() if train.score and self._sampler is not None else None
+        self._judged_at = -1
+        self._best_step: int | None = None
+
+    def start(self, saver: Saver, history: History) -> None:
+        """What exists only once the adapter is in."""
+        self._saver, self._history = saver, history
+
+    def before(self, progress: Progress) -> None:
+        """The base model's own loss, pictures and score: what the adapter is compared with."""
+        self.judge(progress)
+
+    def judge(self, progress: Progress) -> None:
+        """Measure the adapter as it would be saved now."""
+        step, self._judged_at = progress.step, progress.step
+        saver = self._saver
+        average = nullcontext() if saver.average is None else saver.average.swapped_in(saver.network.trainable())
+        unet, autocast = self._model.pipeline.unet, self._autocast
+        with average:
+            if self._validation is not None:
+                with progress.timed("validation"):
+                    encoders = () if self._live_text is None else self._live_text.encoders
+                    loss = self._validation.loss(unet, self._model.device, autocast, encoders)
+                self._history.add("validation", step, loss=loss)
+            if self._sampler is None:
+                return
+            with progress.timed("samples"):
+                pictures = self._sampler.draw(unet, autocast)
+        prompts, seed = self._sampler.prompts, self._run.train.sample_seed
+        save_samples(self._root, step, pictures, prompts, seed)
+        self._history.add("samples", step, prompts=list(prompts))
+        if self._scorer is not None:
+            score = self._scorer.score(pictures)
+            self._history.add("score", step, clip_i=score.clip_i, clip_t=score.clip_t)
+
+    def save(self, progress: Progress) -> None:
+        """A checkpoint, and what follows from it: the best one by name, old ones pruned, the report."""
+        self._history.flush()  # first: a resume from this checkpoint does not judge it again
+        with progress.timed("checkpoints"):
+            checkpoint = self._saver.save(progress)
+        self._history.add("checkpoint", progress.step, folder=checkpoint.folder.name)
+        self._history.flush()
+        self.follow_up()
+        self.report(progress)
+
+    def follow_up(self) -> None:
+        """What follows from a checkpoint, and again at the end: the process may have been killed between the two."""
+        self._name_the_best()
+        protect = () if self._best_step is None else (self._best_step,)
+        self._saver.store.prune(self._run.train.keep, protect)
+
+    def _name_the_best(self) -> None:
+        """Publish ``best/``, a copy of the best checkpoint's adapter, when it is another one than before."""
+        checkpoints = {checkpoint.step: checkpoint for checkpoint in self._saver.store.valid()}
+        best = choose_best(self._history, checkpoints.keys())
+        if best is None or best.step == self._best_step:
+            return
+        source = checkpoints[best.step]
+        contents = {name: source.read(name) for name in source.files if not name.startswith("state/")}
+        facts = {"best_of": source.folder.name, "reason": best.reason}
+        self._saver.store.publish(BEST, contents, facts, best.step)
+        self._best_step = best.step
+
+    def publish_final(self, progress: Progress) -> Path:
+        """``final/``: the adapter as it is now, without the state of the training."""
+        return self._saver.store.publish(FINAL, self._saver.adapter_contents(progress.step), {}, progress.step)
+
+    def best_line(self) -> str | None:
+        """Which checkpoint is the best, and by what."""
+        best = self._best()
+        return None if best is None else f"checkpoint-{best.step} ({best.reason})"
+
+    def report(self, progress: Progress) -> Path:
+        """Write ``report.html`` anew."""
+        return write(
+            self._root, self._run, self._history, photos=self._dataset.train, facts=self._report_facts(progress),
+            seconds=progress.seconds, best=self._best(),
+        )  # fmt: skip
+
+    def _report_facts(self, progress: Progress) -> dict[str, Any]:
+        """The head of the report."""
+        dataset = self._dataset
+        return {
+            "trigger": dataset.trigger,
+            "model": f"{self._model.name} ({self._model.family})",
+            "machine": f"{self._model.device_name}, {self._accelerator.mixed_precision} precision",
+            "pictures": f"{len(dataset.train)} learnt, {len(dataset.held_out)} held out",
+            "steps": f"{progress.step:,}",
+            "skipped steps": progress.skipped or None,
+        }
+
+    def _best(self) -> Best | None:
+        return choose_best(self._history, [checkpoint.step for checkpoint in self._saver.store.valid()])
+
+    @property
+    def _root(self) -> Path:
+        return self._saver.store.root
+
+    def _autocast(self) -> AbstractContextManager:
+        return self._accelerator.autocast()
+
+    def _item(self, example: Example, latents: LatentCache, texts: TextCache) -> Item:
+        """A held-out picture, with its first caption."""
+        caption, is_sdxl = example.captions[0], self._model.family == "SDXL"
+        text: Text | Callable[[], Text] = texts.get(caption, texts.chunks(caption))
+        if self._live_text is not None:
+            text = self._live_encoder(caption, texts.chunks(caption))
+        return latents.get(example), text, time_ids(example) if is_sdxl else None
+
+    def _live_encoder(self, caption: str, chunks: int) -> Callable[[], Text]:
+        def encode() -> Text:
+            tokens, pooled = self._live_text([caption], chunks)
+            return Text(tokens[0], None if pooled is None else pooled[0])
+
+        return encode
+
+    def _build_scorer(self) -> Scorer | None:
+        clip = load_clip(self._run.model.model_id, self._run.paths.folder("cache"), self._say)
+        if clip is None:
+            return None
+        photos: list[Image.Image] = [load_picture(example) for example in self._dataset.train]
+        return Scorer(clip, photos, self._run.train.sample_prompts, self._dataset.trigger)

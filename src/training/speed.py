@@ -1,0 +1,276 @@
+"""Makes a training step faster and smaller at equal results: what frozen layers need not do, and kernels that suit the CPU.
+
+Layers are exchanged in place by their class: names, weights and `isinstance` stay as they are, so that adapters, merges and
+checkpoints do not notice. What a layer here cannot do (DoRA, dropout, quantised weights) stays with the library.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Conv2d as PeftConv2d
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch import Tensor, nn
+
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+CHUNK_NUMBERS = 1 << 21  # scores at once: they stay in the cache of a CPU core
+LONG = {torch.float32: 1 << 18, torch.bfloat16: 1 << 21}  # scores of one head, from which on they are not kept
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
+
+
+def prepare_for_speed(unet: nn.Module) -> None:
+    """Exchange the layers of a frozen U-Net that has its adapter and lies on its device. Weights and results stay equal.
+
+    A U-Net in half precision then computes in it without autocast, as the generator does: autocast would make float32
+    copies of every norm, and keep them.
+    """
+    device, dtype = unet.conv_in.weight.device, unet.conv_in.weight.dtype
+    exchange_layers(unet, device, dtype)
+    if dtype != torch.float32:
+        unet.forward = _without_autocast(unet.forward, device.type, dtype)
+    if device.type == "cpu":
+        keep_freed_memory()
+
+
+def exchange_layers(unet: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """The first part of `prepare_for_speed`: the classes of the layers."""
+    for module in list(unet.modules()):
+        if isinstance(module, LoraLayer):
+            _exchange_adapter(module, device, dtype)
+        elif type(module) is nn.Conv2d and not module.weight.requires_grad:
+            module.__class__ = FrozenConv2d
+        elif type(module) is nn.Linear and not module.weight.requires_grad and device.type == "cpu":
+            module.__class__ = FrozenLinear
+        elif device.type == "cpu" and isinstance(module, Attention) and _is_plain(module):
+            module.set_processor(CpuAttention())
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep large blocks that are freed: a training asks for the same sizes at each step.
+
+    By default each tensor above 32 MiB is mapped anew and its pages are cleared one by one, which takes longer than many an
+    operation on it. Elsewhere than with glibc this does nothing.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(M_MMAP_MAX, 0)
+            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+class FrozenLinear(nn.Linear):
+    """A linear layer that does not learn, on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _takes(x, self.weight) or x.dtype != torch.float32:
+            return super().forward(x)
+        return _FrozenProduct.apply(x, self.weight, self.bias)
+
+
+class FrozenConv2d(nn.Conv2d):
+    """A convolution that does not learn. Unlike autograd's own it keeps no copy of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (_takes(x, self.weight) and torch.is_grad_enabled() and x.requires_grad and self.padding_mode == "zeros"):
+            return super().forward(x)
+        return _FrozenConvolution.apply(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class AdaptedLinear(PeftLinear):
+    """peft's layer, of one adapter, in the precision of its input; the input is kept once for all layers that read it."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base = self.get_base_layer()
+        if not _takes(x, base.weight) or self.disable_adapters or self.merged or base._forward_hooks:
+            return super().forward(x, *args, **kwargs)
+        (name,) = self.active_adapters
+        down, up = self.lora_A[name].weight, self.lora_B[name].weight
+        return _AdaptedProduct.apply(x, base.weight, base.bias, down, up, self.scaling[name])
+
+
+class AdaptedConv2d(PeftConv2d):
+    """The same for a convolution: ``up`` is one of a single pixel."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base = self.get_base_layer()
+        if not _takes(x, base.weight) or self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        (name,) = self.active_adapters
+        down, up = self.lora_A[name].weight.to(x.dtype), self.lora_B[name].weight.to(x.dtype)
+        narrow = F.conv2d(x, down, None, base.stride, base.padding, base.dilation, base.groups)
+        return base(x) + F.conv2d(narrow * self.scaling[name], up)
+
+
+class CpuAttention:
+    """Attention for U-Nets on a CPU, where torch's fused kernel is slow: small scores are kept, long ones computed again."""
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **arguments: Any,
+    ) -> Tensor:
+        """Hidden states (B, L, C), and those that are attended to (B, S, D) if they are others -> (B, L, C)."""
+        if attention_mask is not None:
+            return AttnProcessor2_0()(attn, hidden_states, encoder_hidden_states, attention_mask, **arguments)
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        parts = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
+        query, key, value = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in parts)  # (B, H, L or S, d)
+        result = attend(query, key, value).transpose(1, 2).flatten(2)
+        return attn.to_out[1](attn.to_out[0](result))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """``softmax(q k^T / sqrt(d)) v`` of (B, H, L, d) and (B, H, S, d): as scaled_dot_product_attention, for the CPU."""
+    scores = query.shape[2] * key.shape[2]
+    if scores >= LONG.get(query.dtype, 1 << 18):
+        return _LongAttention.apply(query, key, value)
+    if query.dtype == torch.float32:
+        return F.scaled_dot_product_attention(query, key, value)
+    weights = (query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)).softmax(-1)
+    return weights @ value
+
+
+class _FrozenProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return _product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        return _product(grad.reshape(-1, grad.shape[-1]), weight.t()).view(*grad.shape[:-1], -1), None, None
+
+
+class _FrozenConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.shape, ctx.settings = x.shape, settings
+        return F.conv2d(x, weight, bias, *settings)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        return torch.nn.grad.conv2d_input(ctx.shape, weight, grad, *ctx.settings), None, None, None, None, None, None
+
+
+class _AdaptedProduct(torch.autograd.Function):
+    """``x W^T + b + s (x A^T) B^T`` with frozen W and b (Hu et al. 2021, eq. 3), A and B rounded to the precision of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        narrow = rows @ down.to(x.dtype).t()  # (N, rank)
+        result = _product(rows, weight, bias).addmm_(narrow, up.to(x.dtype).t(), alpha=scale)
+        ctx.save_for_backward(x, weight, down, up, narrow)
+        ctx.scale = scale
+        return result.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, down, up, narrow = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_narrow = rows @ up.to(x.dtype) * ctx.scale
+        grad_down = (grad_narrow.t() @ x.reshape(-1, x.shape[-1])).to(down.dtype)
+        grad_up = (rows.t() @ narrow).to(up.dtype) * ctx.scale
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _product(rows, weight.t()).addmm_(grad_narrow, down.to(x.dtype)).view_as(x)
+        return grad_x, None, None, grad_down, grad_up, None
+
+
+class _LongAttention(torch.autograd.Function):
+    """Some rows of one head at a time; the backward pass computes them again (Rabe and Staats 2021, arXiv 2112.05682)."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        result = query.new_empty(query.shape[0], query.shape[2], *query.shape[1::2]).transpose(1, 2)
+        for at in _heads(query):
+            keys, values = key[at] * query.shape[-1] ** -0.5, value[at].t().contiguous()
+            for rows in _chunks(query, key):
+                result[at][rows] = _product(_product(query[at][rows], keys).softmax(-1), values)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        query, key, value = ctx.saved_tensors
+        grads = [torch.empty_like(part) for part in (query, key, value)]
+        scale = query.shape[-1] ** -0.5
+        for at in _heads(query):
+            keys, values = key[at] * scale, value[at].contiguous()
+            columns, sums = keys.t().contiguous(), torch.zeros(2, *key.shape[2:])
+            for rows in _chunks(query, key):
+                part, above = query[at][rows].contiguous(), grad[at][rows].contiguous()
+                weights = _product(part, keys).softmax(-1)
+                slopes = torch._softmax_backward_data(_product(above, values), weights, -1, weights.dtype)
+                grads[0][at][rows] = _product(slopes, columns)
+                sums[0] += _product(slopes.t(), part.t())
+                sums[1] += _product(weights.t(), above.t())
+            grads[1][at], grads[2][at] = sums[0] * scale, sums[1]
+        return tuple(grads)
+
+
+def _heads(query: Tensor) -> list[tuple[int, int]]:
+    return [(example, head) for example in range(query.shape[0]) for head in range(query.shape[1])]
+
+
+def _chunks(query: Tensor, key: Tensor) -> list[slice]:
+    size = max(1, CHUNK_NUMBERS // key.shape[2])
+    return [slice(start, start + size) for start in range(0, query.shape[2], size)]
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x weight^T + bias`` for x (N, inputs). In float32 on a CPU by oneDNN: torch's own MKL is half as fast on AMD's."""
+    if x.dtype == torch.float32 and x.device.type == "cpu" and HAS_ONEDNN:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def _takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether nothing has to be cast: the layers here leave autocast to the library's."""
+    return x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type)
+
+
+def _exchange_adapter(module: LoraLayer, device: torch.device, dtype: torch.dtype) -> None:
+    is_plain = not module.lora_variant and all(isinstance(item, nn.Identity) for item in module.lora_dropout.values())
+    if type(module) is PeftLinear and is_plain:
+        module.__class__ = AdaptedLinear
+    elif type(module) is PeftConv2d and is_plain:
+        module.__class__ = AdaptedConv2d
+    elif dtype != torch.float32:
+        module.forward = torch.autocast(device.type, dtype)(module.forward)
+
+
+def _without_autocast(forward: Any, device_type: str, dtype: torch.dtype) -> Any:
+    """``forward`` in ``dtype`` alone; its floating-point inputs are cast, timesteps are not."""
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    @functools.wraps(forward)
+    def run(sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, *rest: Any, **named: Any) -> Any:
+        if named.get("added_cond_kwargs"):
+            named["added_cond_kwargs"] = {name: cast(value) for name, value in named["added_cond_kwargs"].items()}
+        with torch.autocast(device_type, enabled=False):
+            return forward(cast(sample), timestep, cast(encoder_hidden_states), *rest, **named)
+
+    return run
+
+
+def _is_plain(attn: Attention) -> bool:
+    """Whether there is nothing in it beside projections and heads."""
+    beside = (attn.group_norm, attn.spatial_norm, attn.norm_q, attn.norm_k, attn.norm_cross, attn.add_k_proj)
+    ordinary = isinstance(attn.processor, AttnProcessor2_0) and not attn.residual_connection
+    return ordinary and all(part is None or part is False for part in beside) and attn.rescale_output_factor == 1

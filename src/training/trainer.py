@@ -1,0 +1,317 @@
+"""One training from start to end: read, encode, put the adapter in, loop, finish. What has done its work leaves the card."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from src import base_models, optimizations
+from src.base_models import LoadedModel
+from src.checkpoints import Checkpoint, CheckpointFolder
+from src.dataset import Dataset, Example, read_dataset
+from src.diffusion import NoiseSchedule, check_loss
+from src.errors import ExitCode, UserError, refused, usage_error
+from src.terminal import Terminal
+from src.train_config import TrainRun
+from src.training.batches import Feeder, Trainee
+from src.training.class_images import draw_class_images
+from src.training.engine import autocast_dtype, build_accelerator, size_step_px, total_steps
+from src.training.facts import adapter_facts, machine_facts, weights_digest
+from src.training.history import History
+from src.training.interruption import Interruption
+from src.training.judging import Judge
+from src.training.latent_cache import LatentCache
+from src.training.live_text import LiveText
+from src.training.loop import Job, Progress, train
+from src.training.network import LoraNetwork, MovingAverage
+from src.training.optimizers import build_optimizer
+from src.training.saving import Saver
+from src.training.speed import prepare_for_speed
+from src.training.text_cache import TextCache
+
+
+class Trainer:
+    """Builds what the loop needs out of a run's settings, and ends it properly."""
+
+    def __init__(self, run: TrainRun, terminal: Terminal, dataset: Dataset | None = None) -> None:
+        """``dataset``: as `read_dataset` gives it, if it has been read already."""
+        self.run, self.terminal, self._dataset = run, terminal, dataset
+        self.accelerator = build_accelerator(run)
+        self.is_main = self.accelerator.is_main_process
+        self.progress = Progress()
+
+    def say(self, line: str) -> None:
+        """A line on the terminal, from one process only."""
+        if self.is_main:
+            self.terminal.say(line)
+
+    def train(self, store: CheckpointFolder, checkpoint: Checkpoint | None, force: bool) -> ExitCode:
+        """Train to the end or to an interruption. ``checkpoint``: go on from there. Returns the exit code.
+
+        Raises UserError: usage, refused, out of memory, diverged; whatever it is, the checkpoints so far stay.
+        """
+        try:
+            return self._train(store, checkpoint, force)
+        except (MemoryError, RuntimeError) as error:
+            if not optimizations.is_out_of_memory(error):
+                raise
+        finally:
+            self.terminal.end_progress()
+        # Outside of the except block: inside, the error's frames would keep the tensors that filled the memory.
+        optimizations.free_memory()
+        raise UserError(f"out of memory ({self._size_words()}); {self._way_out()}", ExitCode.OUT_OF_MEMORY)
+
+    def _train(self, store: CheckpointFolder, checkpoint: Checkpoint | None, force: bool) -> ExitCode:
+        job, saver, judge = self._prepare(store)
+        start = 0
+        if checkpoint is not None:
+            self._compare(checkpoint, saver.run_facts, force)
+            self.progress = saver.restore(checkpoint)
+            start = self.progress.step
+            job.history.rewind(start)
+            self.say(f"resume  from {checkpoint.folder}, step {start} of {job.total_steps}")
+        if checkpoint is None:
+            self._on_main(judge.before)(self.progress)
+        self._start_progress(job, start)
+        with Interruption() as stop:
+            try:
+                train(job, self.progress, stop)
+            finally:
+                self.terminal.end_progress()
+                job.history.flush()
+        self._on_main(judge.report)(self.progress)
+        if stop.requested and self.progress.step < job.total_steps:
+            self.say(f"stopped after step {self.progress.step}; to go on: {resume_command(self.run)}")
+            return stop.exit_code
+        self._finish(saver, judge)
+        return ExitCode.OK
+
+    # -- preparing
+
+    def _prepare(self, store: CheckpointFolder) -> tuple[Job, Saver, Judge]:
+        train = self.run.train
+        if train.class_prompt is not None and self.is_main:
+            draw_class_images(self.run, class_folder(self.run), self.say)
+        self.accelerator.wait_for_everyone()
+        with self.progress.timed("load"):
+            model = self._load_model()
+        schedule = NoiseSchedule.from_config(model.scheduler_config, zero_terminal_snr=train.zero_terminal_snr)
+        check_loss(schedule.prediction_type, train.snr_gamma, schedule.has_zero_terminal_snr)
+        dataset, priors = self._read_data(model)
+        with self.progress.timed("encode"):
+            latents, texts, judge = self._encode(model, dataset, priors, schedule)
+        network = self._build_network(model)
+        live_text = LiveText(model.pipeline) if train.train_text_encoder else None
+        trainee = self.accelerator.prepare(Trainee(model.pipeline.unet, live_text))
+        optimizer = self.accelerator.prepare(build_optimizer(network.groups(), train))
+        average = MovingAverage(network.trainable(), train.ema_decay) if train.ema_decay else None
+        feeder = Feeder(
+            dataset, priors, latents, texts, train, timestep_count=schedule.timesteps,
+            processes=self.accelerator.num_processes, live_text=train.train_text_encoder, is_sdxl=model.family == "SDXL",
+        )  # fmt: skip
+        steps = total_steps(self.run, feeder.order.batches_per_epoch)
+        history = History(store.root / "log.jsonl") if self.is_main else History(None)
+        facts = adapter_facts(self.run, model, dataset)
+        run_facts = {"dataset": dataset.digest, "base_sha256": facts.base_sha256, "machine": machine_facts(model)}
+        saver = Saver(store, self.run, model, network, average, optimizer.optimizer, self.accelerator.scaler, facts, run_facts)
+        judge.start(saver, history)
+        job = Job(
+            train, steps, self.accelerator, trainee, network, optimizer, feeder, schedule.to(self.accelerator.device),
+            history, average, show=self._show, judge=self._on_main(judge.judge), save=self._on_main(judge.save),
+        )  # fmt: skip
+        self._say_plan(model, dataset, priors, network, job)
+        return job, saver, judge
+
+    def _load_model(self) -> LoadedModel:
+        config = self.run.app_config()
+        device = self.accelerator.device
+        config.model.device = str(device) if device.type == "cuda" else device.type  # several processes count CPUs, too
+        if config.model.precision == "auto":
+            config.model.precision = {"no": "fp32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision)
+        started = time.monotonic()
+        model = base_models.load(config)
+        if model.pipeline.unet.config.in_channels != 4:
+            raise refused(f"{model.name}: is an inpainting model; train on the model it was made from")
+        self.say(
+            f"model   {model.name} ({model.family}), {model.precision} on {model.device}, {time.monotonic() - started:.1f} s"
+        )
+        return model
+
+    def _read_data(self, model: LoadedModel) -> tuple[Dataset, tuple[Example, ...]]:
+        train = self.run.train
+        resolution_px = train.resolution or model.native_size_px
+        options = {"step_px": size_step_px(model), "buckets": train.buckets}
+        dataset = self._dataset or read_dataset(
+            Path(train.dataset_dir).expanduser(), resolution_px, validation_every=train.validation_every,
+            masked=train.masked_loss, **options,
+        )  # fmt: skip
+        for note in dataset.notes:
+            self.say(f"data    {note}")
+        if train.class_prompt is None:
+            return dataset, ()
+        # A prompt with {a|b} is another one in each picture, and stands beside it; any other is that of all, whoever made them.
+        fixed = None if "{" in train.class_prompt or "__" in train.class_prompt else train.class_prompt
+        priors = read_dataset(
+            class_folder(self.run), resolution_px, validation_every=0, weight=train.prior_loss_weight, fixed_caption=fixed,
+            **options,
+        )  # fmt: skip
+        return dataset, priors.train[: train.num_class_images]
+
+    def _encode(
+        self, model: LoadedModel, dataset: Dataset, priors: Sequence[Example], schedule: NoiseSchedule
+    ) -> tuple[LatentCache, TextCache, Judge]:
+        """Pictures and captions through their encoders, one encoder on the device at a time, and off it afterwards."""
+        train, device, pipeline = self.run.train, self.accelerator.device, model.pipeline
+        cache = self.run.paths.folder("cache") / "training"
+        if device.type != "cpu":  # once for all steps, so it may be exact; and SDXL's VAE overflows in fp16
+            pipeline.vae.to(torch.float32)
+        latents = LatentCache(pipeline.vae, cache, vae_id=weights_digest(pipeline.vae), device=device, say=self.say)
+        encoders = nn.ModuleList([pipeline.text_encoder, *filter(None, [getattr(pipeline, "text_encoder_2", None)])])
+        texts = TextCache(pipeline, cache, encoder_id=weights_digest(encoders), device=device, say=self.say)
+        with self.accelerator.main_process_first():  # the others find everything in the cache
+            latents.encode([*dataset.train, *dataset.held_out, *priors], False, self._encoding("pictures"))
+            if train.flip:
+                latents.encode(dataset.train, True, self._encoding("mirrored pictures"))
+            captions = [caption for example in (*dataset.train, *dataset.held_out, *priors) for caption in example.captions]
+            texts.encode(captions, self._encoding("captions"))
+        self.terminal.end_progress()
+        judge = Judge(self.run, model, dataset, latents, texts, schedule, self.accelerator, self.say)
+        return latents, texts, judge
+
+    def _encoding(self, what: str) -> Callable[[int, int], None]:
+        def report(done: int, total: int) -> None:
+            if done <= 1 and self.is_main:
+                self.terminal.end_progress()
+                self.terminal.start_progress(total)
+            if self.is_main:
+                self.terminal.progress(done, f"encode {what}")
+
+        return report
+
+    def _build_network(self, model: LoadedModel) -> LoraNetwork:
+        train, device, unet = self.run.train, self.accelerator.device, model.pipeline.unet
+        if train.quantize:
+            from src.training.quantization import quantize_unet
+
+            quantize_unet(unet, train.quantize)
+        unet.to(device).train()
+        models: dict[str, nn.Module] = {"unet": unet}
+        if train.train_text_encoder:
+            for name in ("text_encoder", "text_encoder_2"):
+                if (encoder := getattr(model.pipeline, name, None)) is not None:
+                    models[name] = encoder.to(device).train()
+        network = LoraNetwork(models, train, computes_in=autocast_dtype(self.accelerator))
+        prepare_for_speed(unet)
+        if train.gradient_checkpointing:
+            for part in models.values():
+                enable = getattr(part, "enable_gradient_checkpointing", None) or part.gradient_checkpointing_enable
+                enable()
+        return network
+
+    # -- while it runs
+
+    def _on_main(self, action: Callable[[Progress], None]) -> Callable[[Progress], None]:
+        """What one process does while the others wait."""
+
+        def run(progress: Progress) -> None:
+            if self.is_main:
+                action(progress)
+            self.accelerator.wait_for_everyone()
+
+        return run
+
+    def _start_progress(self, job: Job, start: int) -> None:
+        if self.is_main:
+            self.terminal.start_progress(job.total_steps)
+            self.terminal.progress(start, "train")
+
+    def _show(self, progress: Progress, loss: float, rate: float) -> None:
+        if not self.is_main:
+            return
+        self._loss = loss if not math.isfinite(getattr(self, "_loss", math.nan)) else 0.95 * self._loss + 0.05 * loss
+        used = optimizations.memory_in_use_bytes(self.accelerator.device) / 2**30
+        self.terminal.progress(progress.step, f"loss {self._loss:.4f}  lr {rate:.2g}  {used:.1f} GiB")
+        if self.run.train.tracker:
+            self.accelerator.log({"loss": loss, "lr": rate}, step=progress.step)
+
+    def _say_plan(
+        self, model: LoadedModel, dataset: Dataset, priors: Sequence[Example], network: LoraNetwork, job: Job
+    ) -> None:
+        train = self.run.train
+        numbers = sum(parameter.numel() for parameter in network.trainable().values())
+        held = f", {len(dataset.held_out)} held out" if dataset.held_out else ""
+        prior = f", {len(priors)} of the class" if priors else ""
+        self.say(f"data    {len(dataset.train)} pictures{held}{prior}; trigger: {dataset.trigger or 'none'}")
+        order = job.feeder.order
+        if order.fill_ups > 0.1 * order.batches_per_epoch * train.batch_size:
+            self.say(
+                f"data    batches hold pictures of one size: to fill them, {order.fill_ups} visits an epoch are extra; "
+                "--batch_size 1 or --no-buckets avoids that"
+            )
+        if job.schedule.has_zero_terminal_snr and train.snr_gamma is not None:
+            self.say("loss    min-SNR gives the timestep of pure noise the weight 0; --snr_gamma none lets it be learnt")
+        if train.use_dora and train.format == "kohya":
+            self.say("format  A1111 and ComfyUI draw a DoRA of this kind otherwise; for those, train without --dora")
+        learns = "U-Net and text encoders" if train.train_text_encoder else "U-Net"
+        self.say(
+            f"adapter rank {train.rank}, {train.targets}, {numbers:,} numbers ({learns}); {job.total_steps} steps of "
+            f"{train.batch_size * train.gradient_accumulation_steps * self.accelerator.num_processes} pictures, "
+            f"{job.feeder.order.batches_per_epoch} batches an epoch, {self.accelerator.mixed_precision} precision"
+        )
+
+    def _compare(self, checkpoint: Checkpoint, mine: dict[str, Any], force: bool) -> None:
+        """Refuse to go on with other pictures or another model; say what else may change the last bits."""
+        changed = [name for name in ("dataset", "base_sha256") if checkpoint.facts.get(name) != mine[name]]
+        words = {"dataset": "the pictures or captions", "base_sha256": "the model's weights"}
+        if changed and not force:
+            what = " and ".join(words[name] for name in changed)
+            raise usage_error(f"--resume: {what} changed since {checkpoint.folder.name}; --force goes on all the same")
+        before, now = checkpoint.facts.get("machine") or {}, mine["machine"]
+        other = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
+        if other:
+            self.say(f"resume  not bit for bit as without a stop: {', '.join(other)}")
+
+    def _size_words(self) -> str:
+        train = self.run.train
+        resolution = f"resolution {train.resolution}" if train.resolution else "the model's own resolution"
+        return f"step {self.progress.step + 1}, {resolution}, batch size {train.batch_size}, rank {train.rank}"
+
+    def _way_out(self) -> str:
+        """The next smaller thing to try."""
+        train = self.run.train
+        if not train.gradient_checkpointing:
+            return "use --gradient_checkpointing"
+        if train.batch_size > 1:
+            return f"use --batch_size 1 --gradient_accumulation {train.batch_size}"
+        return "use a smaller --resolution" if train.quantize else "use --quantize nf4, or a smaller --resolution"
+
+    def _finish(self, saver: Saver, judge: Judge) -> None:
+        if self.is_main:
+            judge.follow_up()
+            final = judge.publish_final(self.progress)
+            self.say(f"saved   {final}")
+            self.say(f"best    {judge.best_line()}")
+            self.say(f"report  {saver.store.root / 'report.html'}")
+            trigger = saver.facts.trigger or "your subject"
+            model = "" if self.run.model.model_id == TrainRun().model.model_id else f" --model {self.run.model.model_id}"
+            self.say(f'draw    python main.py "a photo of {trigger}" --lora {final}{model}')
+        self.accelerator.wait_for_everyone()
+        if self.run.train.tracker:
+            self.accelerator.end_training()
+
+
+def resume_command(run: TrainRun) -> str:
+    """What to type to go on after an interruption."""
+    output = f" --output_dir {run.train.output_dir}" if run.train.output_dir != TrainRun().train.output_dir else ""
+    return f"python -m src.train_lora --dataset_dir {run.train.dataset_dir}{output} --resume"
+
+
+def class_folder(run: TrainRun) -> Path:
+    """Where the pictures of the class are."""
+    return Path(run.train.class_dir or Path(run.train.output_dir) / "class").expanduser()

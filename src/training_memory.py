@@ -1,0 +1,397 @@
+"""Predicts what a training needs of a card's memory, and decides whether it needs gradient checkpointing. No torch, no weights.
+
+A training has three phases, one after the other: pictures and captions are encoded, one encoder on the card at a time; the
+adapter learns; samples are drawn by the live U-Net, and decoded. Learning needs the frozen weights, the adapter with its
+gradient and the optimizer's numbers, and what each layer keeps for the backward pass. The layers are those of
+src/training/speed.py: a frozen convolution keeps nothing, three projections of one input keep it once, attention is fused.
+
+Peak of live tensors in one training step beside all weights, batch 1, bf16, rank 4 (SDXL: 8), in MB (10^6), computed and
+traced (tests/test_training_memory.py has the tracer):
+
+                                     whole step     with gradient checkpointing
+    SD 1.5    512 px  attention       712     712              176     177
+    SD 1.5    512 px  kohya           872     864              233     224
+    SD 1.5    512 px  conv            953     955              241     243
+    SD 2.1    768 px  attention      1598    1596              396     398
+    SDXL     1024 px  attention      5394    5415              517     507
+    SDXL     1024 px  kohya          6532    6557              622     592
+    SDXL     1024 px  conv           6969    6935              737     738
+    small-sd  512 px  attention       443     441              143     144
+
+No card was at hand: what cuDNN, the allocator and CUDA itself add is that of src/memory_plan.py, and is not measured here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from src.estimate import find_model, find_place
+from src.memory_plan import ALLOCATOR_LOSS, CONTEXT_BYTES, ELEMENT_BYTES, GIB, VAE_TILE_PX, Phase
+from src.model_shapes import (
+    Block,
+    Config,
+    MapBytes,
+    ModelShapes,
+    decoder_activation_bytes,
+    encoder_activation_bytes,
+    unet_activation_bytes,
+    unet_blocks,
+)
+from src.train_config import TrainConfig, TrainRun
+
+TOKENS = 77  # of one window of the text encoders; a longer caption has more, and adds little
+OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 1, "prodigy": 16}  # a number that learns, beside itself
+# bitsandbytes' forms of a weight: a byte and a scale per row; half a byte and a scale per 64 numbers.
+QUANTIZED_BYTES = {"int8": 1.0, "nf4": 0.5 + 4 / 64}
+WORKING_TRANSFORMER = 12  # maps alive beside what is kept, at most; traced
+RESOLUTION_STEP_PX = 64
+
+
+@dataclass(frozen=True)
+class TrainingNeed:
+    """What is to be learnt, as far as memory depends on it."""
+
+    resolution_px: int
+    batch_size: int = 1
+    rank: int = 4
+    targets: str = "attention"
+    use_dora: bool = False
+    precision: str = "bf16"  # of the frozen weights, a key of ELEMENT_BYTES
+    quantize: str | None = None  # a key of QUANTIZED_BYTES
+    optimizer: str = "adamw"
+    ema: bool = False
+    text_encoders: bool = False  # they learn, too
+    samples: bool = False  # are drawn meanwhile
+    gradient_checkpointing: bool | None = None  # None: where the budget asks for it
+
+    @classmethod
+    def of(cls, train: TrainConfig, native_px: int, precision: str) -> TrainingNeed:
+        """What a run of these settings asks for, of a model that draws ``native_px`` squares."""
+        return cls(
+            train.resolution or native_px, train.batch_size, train.rank, train.targets, train.use_dora, precision,
+            train.quantize, train.optimizer, ema=train.ema_decay is not None, text_encoders=train.train_text_encoder,
+            samples=bool(train.sample_prompts), gradient_checkpointing=train.gradient_checkpointing,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """The decided settings, the memory of each phase, and whether that fits."""
+
+    need: TrainingNeed  # with gradient_checkpointing decided
+    phases: tuple[Phase, ...]
+    budget_bytes: int | None  # None: no limit is known
+    advice: tuple[str, ...] = ()  # where nothing fits: switches that would
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(phase.total_bytes for phase in self.phases)
+
+    @property
+    def fits(self) -> bool:
+        return self.budget_bytes is None or self.peak_bytes <= self.budget_bytes
+
+
+def choose(shapes: ModelShapes, need: TrainingNeed, budget_bytes: int | None, *, on_card: bool = True) -> TrainingPlan:
+    """Decide on gradient checkpointing, if the user has not: only where the step would not fit without it.
+
+    ``budget_bytes``: the card's memory, or the main memory that is free. Where nothing fits, the smaller plan is returned
+    with ``fits=False`` and advice.
+    """
+    plan = _smallest_that_fits(shapes, need, budget_bytes, on_card)
+    return plan if plan.fits else replace(plan, advice=tuple(_advice(shapes, need, budget_bytes, on_card)))
+
+
+def describe(plan: TrainingPlan) -> str:
+    """One line: what is decided, the predicted peak of the budget, and the phase that makes it (GiB)."""
+    need, budget = plan.need, plan.budget_bytes
+    decided = ["gradient checkpointing" if need.gradient_checkpointing else "no gradient checkpointing"]
+    decided += [f"{need.quantize} U-Net"] if need.quantize else []
+    largest = max(plan.phases, key=lambda phase: phase.total_bytes)
+    parts = f"{largest.name}: weights {largest.weights_bytes / GIB:.2f}, activations {largest.activations_bytes / GIB:.2f}"
+    of_budget = "" if budget is None else f" of {budget / GIB:.2f}"
+    line = f"{', '.join(decided)}, predicted peak {plan.peak_bytes / GIB:.2f}{of_budget} GiB ({parts})"
+    if plan.fits:
+        return line
+    return f"{line}; does not fit" + (f", {' or '.join(plan.advice)} would" if plan.advice else "; use a smaller model")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a training would need, for a person (``text``) and for a program (``as_json``)."""
+
+    model: str
+    family: str
+    device: str  # what is trained on, in words
+    plan: TrainingPlan
+    adapter_numbers: int
+    is_card: bool
+
+    def text(self) -> str:
+        """Some lines of text: what is asked, the phases with their peaks, and the plan."""
+        need = self.plan.need
+        learns = "U-Net and text encoders" if need.text_encoders else "U-Net"
+        weights = f"{need.quantize}, the rest {need.precision}" if need.quantize else need.precision
+        lines = [
+            f"model   {self.model} ({self.family}), frozen weights in {weights}",
+            f"adapter rank {need.rank}, {need.targets}, {self.adapter_numbers:,} numbers ({learns}), {need.optimizer}",
+            f"data    {need.resolution_px}x{need.resolution_px}, batch size {need.batch_size}",
+            f"device  {self.device}",
+            "",
+            f"{'phase':<10}{'weights':>9}{'activations':>13}{'total':>9}  GiB",
+        ]
+        for phase in self.plan.phases:
+            sizes = (phase.weights_bytes, phase.activations_bytes, phase.total_bytes)
+            lines.append("{:<10}{:>9.2f}{:>13.2f}{:>9.2f}".format(phase.name, *(size / GIB for size in sizes)))
+        overhead = f"{CONTEXT_BYTES / GIB:.1f} GiB outside torch's allocator and {ALLOCATOR_LOSS:.0%} of the activations"
+        lines += [f"a total includes {overhead} lost in it", "", f"plan: {describe(self.plan)}"]
+        return "\n".join(lines if self.is_card else [*lines, "to plan for a card that is not here, add --max-vram GB"])
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as plain values. ``budget_bytes`` is the main memory that is free where there is no card."""
+        plan = self.plan
+        phases = [{**asdict(phase), "total_bytes": phase.total_bytes} for phase in plan.phases]
+        return {
+            "model": self.model, "family": self.family, "device": self.device, **asdict(plan.need),
+            "adapter_numbers": self.adapter_numbers, "predicted_peak_bytes": plan.peak_bytes,
+            "budget_bytes": plan.budget_bytes, "fits": plan.fits, "advice": list(plan.advice), "phases": phases,
+        }  # fmt: skip
+
+
+def estimate(run: TrainRun) -> Answer:
+    """Plan ``run`` for the card at hand, or one with ``train.max_vram_gb`` where there is none. Loads nothing.
+
+    Raises UserError as `src.estimate.estimate` does.
+    """
+    config = run.app_config()
+    config.optimization.max_vram_gb = run.train.max_vram_gb
+    place = find_place(config)
+    source, shapes = find_model(config)
+    is_card = place.budget_bytes is not None
+    need = TrainingNeed.of(run.train, shapes.native_px, precision_of(run, place.precision))
+    plan = choose(shapes, need, place.budget_bytes if is_card else place.memory_bytes, on_card=is_card)
+    return Answer(source.name, shapes.family, place.words, plan, adapter_numbers(shapes, need), is_card)
+
+
+def precision_of(run: TrainRun, of_the_machine: str) -> str:
+    """What the frozen weights are in: as asked for, else as training computes, else what the machine is good at."""
+    if run.model.precision != "auto":
+        return run.model.precision
+    return {"auto": of_the_machine, "no": "fp32"}.get(run.train.mixed_precision, run.train.mixed_precision)
+
+
+def _smallest_that_fits(shapes: ModelShapes, need: TrainingNeed, budget_bytes: int | None, on_card: bool) -> TrainingPlan:
+    wanted = need.gradient_checkpointing
+    for checkpointing in (False, True) if wanted is None else (wanted,):
+        decided = replace(need, gradient_checkpointing=checkpointing)
+        plan = TrainingPlan(decided, predict(shapes, decided, on_card=on_card), budget_bytes)
+        if plan.fits:
+            break
+    return plan
+
+
+def _advice(shapes: ModelShapes, need: TrainingNeed, budget_bytes: int | None, on_card: bool) -> Iterator[str]:
+    """Single switches with which the training would fit; if there are none, what all of them come to."""
+    smaller = {"--gradient_checkpointing": {"gradient_checkpointing": None}} if need.gradient_checkpointing is False else {}
+    if need.batch_size > 1:
+        smaller["--batch_size 1"] = {"batch_size": 1}
+    if need.quantize is None and on_card:
+        smaller |= {f"--quantize {name}": {"quantize": name} for name in QUANTIZED_BYTES}
+    if need.text_encoders:
+        smaller["no --train_text_encoder"] = {"text_encoders": False}
+    found = False
+    for words, change in smaller.items():
+        if _smallest_that_fits(shapes, replace(need, **change), budget_bytes, on_card).fits:
+            found = True
+            yield words
+    for resolution_px in range(need.resolution_px - RESOLUTION_STEP_PX, 255, -RESOLUTION_STEP_PX):
+        if _smallest_that_fits(shapes, replace(need, resolution_px=resolution_px), budget_bytes, on_card).fits:
+            found = True
+            yield f"--resolution {resolution_px}"
+            break
+    if not found and smaller:
+        least = {name: value for change in smaller.values() for name, value in change.items()}
+        peak = _smallest_that_fits(shapes, replace(need, **least), budget_bytes, on_card).peak_bytes
+        words = [name for name in smaller if not name.startswith("--quantize") or name.endswith("nf4")]
+        yield f"{' and '.join(words)} together come to {peak / GIB:.2f} GiB"
+
+
+def predict(shapes: ModelShapes, need: TrainingNeed, *, on_card: bool = True) -> tuple[Phase, ...]:
+    """The phases in time order: encode, train, and samples where they are drawn."""
+    element_bytes = ELEMENT_BYTES[need.precision]
+    latent = -(-need.resolution_px // shapes.latent_scale)
+    frozen = frozen_unet_bytes(shapes, need.precision, need.quantize)
+    encoders = {name: shapes.parameters[name] * element_bytes for name in shapes.text_encoders}
+    learning = adapter_numbers(shapes, need) * (8 + OPTIMIZER_BYTES[need.optimizer] + 4 * need.ema)
+    learning_weights = frozen + learning + (sum(encoders.values()) if need.text_encoders else 0)
+    vae_element_bytes = 4 if need.precision == "fp16" else element_bytes  # the trainer encodes in a range that is safe
+    vae = shapes.parameters["vae"] * vae_element_bytes
+    pixels = 3 * need.resolution_px**2 * vae_element_bytes
+    encode = [
+        Phase("encode", vae, pixels + encoder_activation_bytes(shapes.vae, (latent, latent), vae_element_bytes, on_card)),
+        *(Phase("encode", size, 0) for size in encoders.values()),
+    ]
+    step = step_activation_bytes(shapes.unet, (latent, latent), need, workspace=on_card) + _restored_bytes(shapes.unet, need)
+    if need.text_encoders:
+        step += sum(text_activation_bytes(text, need) for text in shapes.text_encoders.values())
+    phases = [max(encode, key=lambda phase: phase.total_bytes), Phase("train", learning_weights, step)]
+    if need.samples:
+        tile = min(latent, VAE_TILE_PX // shapes.latent_scale) if on_card else latent
+        drawn = unet_activation_bytes(shapes.unet, (latent, latent), 2, element_bytes, workspace=on_card)
+        decoded = decoder_activation_bytes(shapes.vae, (tile, tile), vae_element_bytes, workspace=on_card) + 2 * pixels
+        draw, decode = Phase("samples", learning_weights, drawn), Phase("samples", learning_weights + vae, decoded)
+        phases.append(max(draw, decode, key=lambda phase: phase.total_bytes))
+    return tuple(phases)
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """One ResNet or transformer block, as the backward pass sees it. All in bytes."""
+
+    enters: int  # its input, kept in any case
+    inside: int  # what its layers keep beside that; with gradient checkpointing, only while its turn lasts
+    working: int = 0  # alive beside that while it is computed
+
+
+def step_activation_bytes(unet: Config, latent_size: tuple[int, int], need: TrainingNeed, workspace: bool = False) -> int:
+    """Peak of live tensors in one training step of the U-Net, beside all weights. ``latent_size`` (H, W).
+
+    With gradient checkpointing each segment keeps its input alone, and computes the rest again when its turn comes.
+    ``workspace``: a convolution copies its input and output once more, as cuDNN does.
+    """
+    held = peak = 0
+    for segment in _segments(unet, MapBytes(latent_size, need.batch_size, ELEMENT_BYTES[need.precision]), need, workspace):
+        held += segment.enters + (0 if need.gradient_checkpointing else segment.inside)
+        peak = max(peak, held + segment.working + (segment.inside if need.gradient_checkpointing else 0))
+    return peak
+
+
+def _segments(unet: Config, maps: MapBytes, need: TrainingNeed, workspace: bool) -> Iterator[_Segment]:
+    """In the order of the forward pass. Before the first layer that learns, nothing is kept."""
+    down, mid, up = unet_blocks(unet)
+    convolutions = need.targets == "conv"
+    learns = convolutions
+    for block in (*down, *([mid] if mid else []), *up):
+        for number, (channels_in, channels_out) in enumerate(block.resnets):
+            x, y = maps(channels_in, block.level), maps(channels_out, block.level)
+            inside = x + 2 * y + (x + y) * convolutions  # two norms, the first convolution; what convolutions that learn read
+            working = x + 3 * y + (2 * x + 3 * y) * convolutions + (x + y) * workspace
+            yield _Segment(x, inside if learns else 0, working)
+            if block is not mid or number == 0:  # the middle has one transformer between two ResNets
+                yield from _transformer_segments(block, maps, need)
+                learns = learns or block.depth > 0
+        if block.resample and convolutions and block in up:
+            yield _Segment(maps(block.channels, block.level - 1), 0)
+
+
+def _transformer_segments(block: Block, maps: MapBytes, need: TrainingNeed) -> Iterator[_Segment]:
+    if not block.depth:
+        return
+    y = maps(block.channels, block.level)
+    wide = need.targets != "attention"
+    # Norm 1 and its input, query, key, value, output; the sum, norm 2, query, output; the sum; 8 of projection and 4 of gate.
+    # What the feed-forward layers read (1 and 4) is kept where they learn, and by bitsandbytes' 8-bit layers in any case.
+    # DoRA needs the outputs of every adapted layer, of weight and adapter. The narrow products are ``rank`` wide.
+    kept = 22 + 5 * (wide or need.quantize == "int8") + (8 + 3 * wide) * need.rank / block.channels
+    kept += (13 + 21 * wide) * need.use_dora
+    working = WORKING_TRANSFORMER + 30 * (wide and need.use_dora)
+    text = 2 * need.batch_size * TOKENS * block.channels * ELEMENT_BYTES[need.precision]
+    yield _Segment(y + y * wide, 0)  # the norm around the blocks, and its projection
+    for _ in range(block.depth):
+        yield _Segment(y, round(kept * y) + text, working * y)
+    yield _Segment(y * wide, 0)
+
+
+def text_activation_bytes(text: Config, need: TrainingNeed) -> int:
+    """What a text encoder that learns keeps for the backward pass of one batch of captions."""
+    y = need.batch_size * TOKENS * text["hidden_size"] * ELEMENT_BYTES[need.precision]
+    layers = text["num_hidden_layers"]
+    layer = 11 + 4 * (text.get("hidden_act", "quick_gelu") == "quick_gelu") + 5 * (need.targets != "attention")
+    return y * (layers + 2 * layer) if need.gradient_checkpointing else y * (layers * layer + 8)
+
+
+def frozen_unet_bytes(shapes: ModelShapes, precision: str, quantize: str | None) -> int:
+    """The U-Net's weights as they lie on the card: matrices quantised where that is asked for, the rest in ``precision``."""
+    whole = shapes.parameters["unet"] * ELEMENT_BYTES[precision]
+    if quantize is None:
+        return whole
+    matrices = sum(inputs * outputs for inputs, outputs in _matrices(shapes.unet))
+    rows = sum(outputs for _, outputs in _matrices(shapes.unet)) * 4 * (quantize == "int8")
+    return whole - round(matrices * (ELEMENT_BYTES[precision] - QUANTIZED_BYTES[quantize])) + rows
+
+
+def _restored_bytes(unet: Config, need: TrainingNeed) -> int:
+    """The largest quantised matrix, in full precision while it is used."""
+    if need.quantize is None:
+        return 0
+    return max(inputs * outputs for inputs, outputs in _matrices(unet)) * ELEMENT_BYTES[need.precision]
+
+
+def _matrices(unet: Config) -> Iterator[tuple[int, int]]:
+    """(inputs, outputs) of every linear layer."""
+    down, mid, up = unet_blocks(unet)
+    first = unet["block_out_channels"][0]
+    yield from ((first, 4 * first), (4 * first, 4 * first))
+    if unet.get("time_cond_proj_dim"):
+        yield (unet["time_cond_proj_dim"], first)
+    if unet.get("addition_embed_type") == "text_time":
+        yield from ((unet["projection_class_embeddings_input_dim"], 4 * first), (4 * first, 4 * first))
+    for block in (*down, *([mid] if mid else []), *up):
+        yield from ((4 * first, channels_out) for _, channels_out in block.resnets)
+        for _ in range(_transformers(block, mid)):
+            yield from _transformer_matrices(block, unet.get("use_linear_projection", False))
+
+
+def _transformers(block: Block, mid: Block | None) -> int:
+    return 0 if not block.depth else 1 if block is mid else len(block.resnets)
+
+
+def _transformer_matrices(block: Block, linear_projection: bool) -> Iterator[tuple[int, int]]:
+    yield from _attention_matrices(block)
+    yield from _other_matrices(block)[0 if linear_projection else 2 :]
+
+
+def _attention_matrices(block: Block) -> Iterator[tuple[int, int]]:
+    width, context = block.channels, block.context
+    for _ in range(block.depth):
+        yield from [(width, width)] * 6  # query and output of both, key and value of the first
+        yield from [(context, width)] * 2
+
+
+def _other_matrices(block: Block) -> list[tuple[int, int]]:
+    """The projections around the blocks, which may be 1x1 convolutions, and the feed-forward layers."""
+    width = block.channels
+    return [(width, width)] * 2 + [(width, 8 * width), (4 * width, width)] * block.depth
+
+
+def adapter_numbers(shapes: ModelShapes, need: TrainingNeed) -> int:
+    """How many numbers learn: rank * (inputs + outputs) of each layer, with DoRA its outputs once more."""
+    sizes = list(_target_sizes(shapes.unet, need.targets))
+    if need.text_encoders:
+        for name, text in shapes.text_encoders.items():
+            sizes += _text_target_sizes(
+                text, need.targets, unused_last=name == "text_encoder" and len(shapes.text_encoders) > 1
+            )
+    return sum(need.rank * (inputs + outputs) + outputs * need.use_dora for inputs, outputs in sizes)
+
+
+def _target_sizes(unet: Config, targets: str) -> Iterator[tuple[int, int]]:
+    """(inputs, outputs) of every layer of the U-Net that gets an adapter; a convolution's inputs count its kernel."""
+    down, mid, up = unet_blocks(unet)
+    for block in (*down, *([mid] if mid else []), *up):
+        for _ in range(_transformers(block, mid)):
+            yield from _attention_matrices(block)
+            yield from _other_matrices(block) if targets != "attention" else []
+        if targets == "conv":
+            for inputs, outputs in block.resnets:
+                yield from ((9 * inputs, outputs), (9 * outputs, outputs), (4 * unet["block_out_channels"][0], outputs))
+                yield from [(inputs, outputs)] if inputs != outputs else []
+            yield from [(9 * block.channels, block.channels)] if block.resample else []
+
+
+def _text_target_sizes(text: Config, targets: str, unused_last: bool) -> list[tuple[int, int]]:
+    width, hidden = text["hidden_size"], text["intermediate_size"]
+    layer = [(width, width)] * 4 + ([(width, hidden), (hidden, width)] if targets != "attention" else [])
+    return layer * (text["num_hidden_layers"] - unused_last)

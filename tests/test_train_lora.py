@@ -1,0 +1,232 @@
+"""The trainer's door: whole small trainings of every kind, resuming, and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from src import train_lora
+from src.config import AppConfig
+from src.errors import ExitCode
+from src.generator import TextToImageGenerator
+from tests.tiny import training
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return training.photos(tmp_path_factory.mktemp("data") / "photos")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {kind: training.model(folder / f"tiny-{kind}", kind) for kind in ("sd1", "sdxl")}
+
+
+def last_error(capsys: pytest.CaptureFixture[str]) -> str:
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert not any(line.startswith("Traceback") for line in lines)
+    return lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("sd1", ("--targets", "conv", "--dora", "--format", "kohya")),
+        ("sd1", ("--train_text_encoder", "--gradient_checkpointing", "--text_encoder_lr", "1e-3", "--alpha", "2")),
+        ("sdxl", ("--train_text_encoder", "--format", "kohya", "--rslora")),
+        ("sdxl", ("--targets", "kohya", "--optimizer", "prodigy", "--flip", "--batch_size", "2", "--ema_decay", "0.9")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value)[:30],
+)
+def test_what_was_trained_is_what_the_generator_draws(
+    family: str, settings: tuple[str, ...], data: Path, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Every file that comes out is loaded by the generator and draws the same picture, and not the base model's."""
+    output = tmp_path / "out"
+    assert training.run(data, models[family], output, "--max_steps", "4", "--lr", "1e-2", "--name", "sks", *settings) == 0
+    config = AppConfig()
+    config.model.model_id, config.model.precision = str(models[family]), "fp32"
+    generator = TextToImageGenerator(config)
+    options = {"seed": 1, "num_inference_steps": 2, "width": 64, "height": 64}
+    base = generator.generate("sks", **options)[0].tobytes()
+    pictures = []
+    paths = [output / "final", *([output / "final" / "sks.safetensors"] if "--format" in settings else [])]
+    for path in paths:
+        report = generator.load_lora_weights(path)
+        assert report.matched == report.total > 0
+        pictures.append(generator.generate("sks", **options)[0])
+        generator.unload_lora_weights()
+    assert pictures[0].tobytes() != base
+    for picture in pictures[1:]:
+        assert max(abs(one - other) for one, other in zip(pictures[0].tobytes(), picture.tobytes())) <= 1
+
+
+def test_a_resumed_run_ends_with_the_same_bits(data: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    common = ("--checkpoint_steps", "2", "--dropout", "0.1", "--ema_decay", "0.9", "--gradient_accumulation", "3")
+    assert training.run(data, models["sd1"], tmp_path / "whole", "--max_steps", "6", *common) == 0
+    assert training.run(data, models["sd1"], tmp_path / "cut", "--max_steps", "2", *common) == 0
+    assert training.resume(data, tmp_path / "cut", "--max_steps", "6") == 0
+    whole, cut = (training.state(tmp_path / name / "checkpoint-6") for name in ("whole", "cut"))
+    assert training.equal(whole, cut)
+    assert not training.equal(whole, training.state(tmp_path / "cut" / "checkpoint-2"))
+    logs = [(tmp_path / name / "log.jsonl").read_text() for name in ("whole", "cut")]
+    losses = [[json.loads(line)["loss"] for line in log.splitlines() if '"train"' in line] for log in logs]
+    assert losses[0][-1] == losses[1][-1]
+
+
+def test_a_changed_setting_is_named_and_force_goes_on(data: Path, models: dict[str, Path], tmp_path: Path, capsys) -> None:
+    assert training.run(data, models["sd1"], tmp_path / "out", "--max_steps", "2") == 0
+    assert training.resume(data, tmp_path / "out", "--max_steps", "3", "--rank", "8", "--lr", "0.01") == ExitCode.USAGE
+    error = last_error(capsys)
+    assert "train.rank 4 -> 8" in error
+    assert "train.learning_rate None -> 0.01" in error
+    assert training.resume(data, tmp_path / "out", "--max_steps", "3", "--lr", "0.01", "--force") == 0
+
+
+def test_changed_pictures_are_named(models: dict[str, Path], tmp_path: Path, capsys) -> None:
+    data = training.photos(tmp_path / "data")
+    assert training.run(data, models["sd1"], tmp_path / "out", "--max_steps", "2") == 0
+    (data / "0000.txt").write_text("another caption")
+    assert training.resume(data, tmp_path / "out", "--max_steps", "3") == ExitCode.USAGE
+    assert "the pictures or captions changed" in last_error(capsys)
+    assert training.resume(data, tmp_path / "out", "--max_steps", "3", "--force") == 0
+
+
+def test_a_folder_with_a_training_is_not_written_over(data: Path, models: dict[str, Path], tmp_path: Path, capsys) -> None:
+    assert training.run(data, models["sd1"], tmp_path / "out", "--max_steps", "1") == 0
+    before = training.state(tmp_path / "out" / "checkpoint-1")
+    assert training.run(data, models["sd1"], tmp_path / "out", "--max_steps", "1") == ExitCode.USAGE
+    assert "--resume goes on with it" in last_error(capsys)
+    assert training.equal(before, training.state(tmp_path / "out" / "checkpoint-1"))
+    assert training.resume(data, tmp_path / "out") == ExitCode.USAGE
+    assert "all 1 steps are done" in last_error(capsys)
+
+
+def test_old_checkpoints_go_and_the_best_stays(data: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    arguments = ("--max_steps", "8", "--checkpoint_steps", "1", "--keep", "2", "--validation_every", "2", "--lr", "1")
+    assert training.run(data, models["sd1"], tmp_path / "out", *arguments) == 0
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    losses = {item["step"]: item["loss"] for item in log if item["kind"] == "validation" and item["step"]}
+    best = json.loads((tmp_path / "out" / "best" / "manifest.json").read_text())["facts"]["best_of"]
+    left = {path.name for path in (tmp_path / "out").glob("checkpoint-*")}
+    assert {"checkpoint-7", "checkpoint-8", best} == left
+    assert losses[int(best.split("-")[1])] == min(losses.values())
+
+
+def test_the_class_is_drawn_by_the_model_and_trained_beside(
+    data: Path, models: dict[str, Path], tmp_path: Path, capsys
+) -> None:
+    arguments = ("--max_steps", "2", "--class_prompt", "a {red|green} thing", "--num_class_images", "3",
+                 "--set", "train.sample_inference_steps=2")  # fmt: skip
+    assert training.run(data, models["sd1"], tmp_path / "out", *arguments) == 0
+    drawn = sorted((tmp_path / "out" / "class").glob("*.png"))
+    assert len(drawn) == 3
+    assert {path.with_suffix(".txt").read_text() for path in drawn} <= {"a red thing", "a green thing"}
+    assert "4 pictures, 3 of the class" in capsys.readouterr().err
+
+
+def test_settings_come_from_a_file_and_end_in_the_checkpoint(data: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("train:\n  rank: 2\n  max_steps: 1\n  learning_rate: 1e-3\n")
+    output = tmp_path / "out"
+    assert training.run(data, models["sd1"], output, "--config", str(file), "--set", "train.alpha=3") == 0
+    text = (output / "final" / "config.yaml").read_text()
+    assert "rank: 2\n" in text
+    assert "alpha: 3.0\n" in text
+    assert "learning_rate: 0.001\n" in text
+    settings = json.loads((output / "final" / "unet_lora" / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"]) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (("--rank", "0"), 2, "rank 0 is outside 1 to 1024"),
+        (("--resolution", "500"), 2, "nearest: 496 or 504"),
+        (("--lr", "fast"), 2, "--lr fast: expected a number"),
+        (("--optimizer", "adam"), 2, "choose adamw, adamw8bit"),
+        (("--max_steps", "5", "--num_epochs", "2"), 2, "exclude each other"),
+        (("--dataset_dir", "nowhere"), 4, "nowhere: no such folder"),
+        (("--model", "someone/not-cached", "--offline"), 4, "--offline"),
+        (("--model", "./nowhere"), 4, "nowhere"),
+        (("--sample_prompts", "nowhere.txt"), 4, "nowhere.txt"),
+        (("--config", "nowhere.yaml"), 4, "nowhere.yaml"),
+        (("--resume",), 4, "holds no whole checkpoint"),
+        (("--zero_terminal_snr",), 2, "v-prediction"),
+        (("--keep", "1"), 2, "keep 1 is outside 2"),
+        (("--mixed_precision", "fp16"), 2, "needs a graphics card"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_mistake_is_one_line(
+    arguments: tuple[str, ...], code: int, expected: str, data: Path, models: dict[str, Path], tmp_path: Path, capsys
+) -> None:
+    assert training.run(data, models["sd1"], tmp_path / "out", "--max_steps", "1", *arguments) == code \
+        if arguments[0] != "--max_steps" else training.run(data, models["sd1"], tmp_path / "out", *arguments) == code  # fmt: skip
+    error = last_error(capsys)
+    assert expected in error
+    assert error.startswith("error: ")
+    assert not list((tmp_path / "out").glob("checkpoint-*")) if (tmp_path / "out").exists() else True
+
+
+def test_broken_data_is_one_line(models: dict[str, Path], tmp_path: Path, capsys) -> None:
+    def fails(name: str) -> str:
+        assert training.run(tmp_path / name, models["sd1"], tmp_path / f"out-{name}", "--max_steps", "1") != 0
+        return last_error(capsys)
+
+    (tmp_path / "empty").mkdir()
+    assert "empty" in fails("empty")
+    training.photos(tmp_path / "blank", caption="")
+    assert "caption" in fails("blank")
+    damaged = training.photos(tmp_path / "damaged")
+    data = (damaged / "0001.png").read_bytes()
+    (damaged / "0001.png").write_bytes(data[: len(data) // 2])
+    assert "0001.png" in fails("damaged")
+    bytes_ = training.photos(tmp_path / "latin")
+    (bytes_ / "0002.txt").write_bytes("caf\xe9".encode("latin-1"))
+    assert "0002.txt" in fails("latin")
+
+
+def test_a_picture_too_small_is_said(models: dict[str, Path], tmp_path: Path, capsys) -> None:
+    data = training.photos(tmp_path / "data")
+    Image.new("RGB", (40, 40), "red").save(data / "0000.png")
+    assert training.run(data, models["sd1"], tmp_path / "out", "--max_steps", "1") == 0
+    assert "smaller" in capsys.readouterr().err
+
+
+def test_help_names_every_part(capsys) -> None:
+    assert train_lora.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for flag in ("--dataset-dir", "--resume", "--snr-gamma", "--class-prompt", "--estimate-vram", "exit codes"):
+        assert flag in text
+
+
+def test_a_full_memory_is_one_line_with_a_way_out(
+    data: Path, models: dict[str, Path], tmp_path: Path, monkeypatch, capsys
+) -> None:
+    from src.training import loop
+
+    calls = []
+
+    def full(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return original(*arguments)
+
+    original = loop.batch_loss
+    monkeypatch.setattr(loop, "batch_loss", full)
+    arguments = ("--max_steps", "9", "--checkpoint_steps", "2", "--batch_size", "2")
+    assert training.run(data, models["sd1"], tmp_path / "out", *arguments) == ExitCode.OUT_OF_MEMORY
+    assert "step 4, resolution 64, batch size 2, rank 4); use --gradient_checkpointing" in last_error(capsys)
+    assert training.state(tmp_path / "out" / "checkpoint-2")
+
+
+def test_the_tracker_gets_the_losses(data: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    assert training.run(data, models["sd1"], tmp_path / "out", "--max_steps", "2", "--tracker", "tensorboard") == 0
+    assert list((tmp_path / "out" / "tracker").rglob("events.out.tfevents*"))
