@@ -1,11 +1,12 @@
 # make demo   draw a picture with the embedded model        make check  lint, then the tests
 # make test   the whole test suite                          make bench  time and memory of what this project promises
+# make torture   hundreds of kills, cuts and full disks: half an hour
 # Each makes .venv and installs what it needs. PYTHON=python3.12 chooses another interpreter (3.10 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_PROMPT := a red circle left of a blue square on a white background
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench torture clean
 
 demo: .venv/installed
 	$(BIN)/python main.py "$(DEMO_PROMPT)" --model embedded --seed 87
@@ -17,6 +18,9 @@ check: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+torture: .venv/installed-dev
+	TORTURE=1 $(BIN)/python -m pytest -s tests/test_checkpoints_faults.py tests/test_training_kills.py tests/test_training_resume.py
 
 bench: .venv/installed
 	$(BIN)/python -m src.bench

@@ -26,6 +26,7 @@ METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 MAX_SIDECAR_BYTES = 64 << 10
 MAX_METADATA_BYTES = 512 << 20
 _SHOWN_PROBLEMS = 20
+_SHOWN_EMPTY = 5
 
 _KOHYA_FOLDER = re.compile(r"(\d{1,3})_(.+)")  # three digits, so that "2024_holiday" is a year and not 2024 repeats
 # Controls, the byte order mark, zero-width spaces, marks that turn the reading direction, halves of surrogate pairs. The
@@ -40,6 +41,7 @@ class FoundCaptions:
 
     texts: dict[Path, tuple[str, ...]] = field(default_factory=dict)
     origins: dict[Path, Path] = field(default_factory=dict)  # no entry: from a folder's name, or none
+    empty: list[Path] = field(default_factory=list)  # sidecar files without a word
     notes: list[str] = field(default_factory=list)
 
 
@@ -58,7 +60,7 @@ def find_captions(folder: Path, pictures: Sequence[Path], is_file: Callable[[Pat
     metadata = _read_all_metadata(folder, pictures, is_file, found.notes, problems)
     from_folders: set[str] = set()
     for picture in pictures:
-        captions, origin = _from_sidecar(picture, is_file, problems)
+        captions, origin = _from_sidecar(picture, is_file, found.empty, problems)
         if not captions:
             captions, origin = metadata.get(_key(picture), ((), None))
         if not captions and (kohya := _kohya_folder(folder, picture)):
@@ -68,13 +70,18 @@ def find_captions(folder: Path, pictures: Sequence[Path], is_file: Callable[[Pat
         if origin is not None:
             found.origins[picture] = origin
     if problems:
-        shown = ", ".join(problems[:_SHOWN_PROBLEMS])
+        shown = printable(", ".join(problems[:_SHOWN_PROBLEMS]))
         more = f" and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
         raise refused(f"captions cannot be read: {shown}{more}; save them as UTF-8 text")
+    if found.empty:
+        names = ", ".join(path.relative_to(folder).as_posix() for path in found.empty[:_SHOWN_EMPTY])
+        more = f" and {len(found.empty) - _SHOWN_EMPTY} more" if len(found.empty) > _SHOWN_EMPTY else ""
+        found.notes.append(f"empty caption files, taken as none: {names}{more}; write a caption into them, or delete them")
     if from_folders:
         found.notes.append(f"captions taken from folder names: {', '.join(sorted(from_folders))}")
     if several := sum(len(captions) > 1 for captions in found.texts.values()):
         found.notes.append(f"pictures with several captions: {several} (each line of a .txt file is one)")
+    found.notes = list(map(printable, found.notes))
     return found
 
 
@@ -87,6 +94,11 @@ def repeats_of(folder: Path, picture: Path) -> int:
 def clean(text: str) -> str:
     """One line of ``text``: any white space as one space, no control characters, no byte order mark."""
     return " ".join(_INVISIBLE.sub("", text).split())
+
+
+def printable(name: str) -> str:
+    """A file's name on one line: it may hold line breaks, bytes that are no text, and signs that turn the reading direction."""
+    return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in name)
 
 
 def _key(picture: Path) -> str:
@@ -104,13 +116,17 @@ def _kohya_folder(folder: Path, picture: Path) -> re.Match[str] | None:
     return None
 
 
-def _from_sidecar(picture: Path, is_file: Callable[[Path], bool], problems: list[str]) -> tuple[tuple[str, ...], Path | None]:
+def _from_sidecar(
+    picture: Path, is_file: Callable[[Path], bool], empty: list[Path], problems: list[str]
+) -> tuple[tuple[str, ...], Path | None]:
     for suffix in SIDECAR_SUFFIXES:
         path = picture.with_suffix(suffix)
         if is_file(path):
             text = _read_text(path, MAX_SIDECAR_BYTES, problems)
             if captions := _unique(text.splitlines()):
                 return captions, path
+            if path not in empty:  # a.png and a.jpg share a.txt
+                empty.append(path)
     return (), None
 
 

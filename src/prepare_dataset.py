@@ -86,7 +86,9 @@ def read_config(typed: dict[str, Any]) -> PrepareConfig:
     """What was typed over the defaults, checked. Raises UserError (usage)."""
     run = PrepareRun()
     for name, value in typed.items():
-        if "." in name:
+        if isinstance(value, str) and not value.strip():
+            setattr(run.prepare, name.partition(".")[2], value)  # set_value takes "" for null; check() refuses it by name
+        elif "." in name:
             set_value(run, name, value)
     check(run.prepare)
     return run.prepare
@@ -110,6 +112,8 @@ def _run(argv: Sequence[str], terminal: Terminal) -> int:
 
 def _tell(outcome: Outcome, config: PrepareConfig, terminal: Terminal) -> None:
     """The summary: what became of the pictures, where to look, and what to type next."""
+    from src.captions import printable
+    from src.preparation.findings import overruled_by
     from src.preparation.wording import counted
 
     for note in outcome.notes:
@@ -117,7 +121,7 @@ def _tell(outcome: Outcome, config: PrepareConfig, terminal: Terminal) -> None:
     listed = [skip for skip in outcome.skipped if skip.is_picture or config.dry_run]
     shown = listed if config.dry_run else listed[:_SHOWN]
     for skip in shown:
-        terminal.say(f"{'would leave' if config.dry_run else 'left'} out {skip.source}: {skip.kind}, {skip.reason}")
+        terminal.say(printable(f"{'would leave' if config.dry_run else 'left'} out {skip.source}: {skip.kind}, {skip.reason}"))
     if len(listed) > len(shown):
         terminal.say(f"... and {len(listed) - len(shown):,} more, all in the report")
     left_out = outcome.skipped_pictures
@@ -126,6 +130,8 @@ def _tell(outcome: Outcome, config: PrepareConfig, terminal: Terminal) -> None:
     total = f"{sum(left_out.values()):,} left out" + (f" ({causes})" if causes else "")
     before = f" ({outcome.taken_over:,} of them before)" if outcome.taken_over else ""
     terminal.say(f"{counted(len(outcome.prepared), 'picture')} {verb}{before}, {total}")
+    if way_out := overruled_by(left_out):
+        terminal.say(f"to keep them: {way_out}")
     if not config.dry_run:
         terminal.say(f"report: {outcome.folder / 'report.html'}")
         terminal.say(f"next:   {config.next_command()}")

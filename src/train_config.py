@@ -140,6 +140,8 @@ def check(run: TrainRun) -> None:
         raise usage_error(f"resolution {train.resolution} is not a multiple of 8; nearest: {low} or {low + 8}")
     if train.max_steps is not None and train.num_epochs is not None:
         raise usage_error("--max_steps and --num_epochs exclude each other; give one")
+    if train.quantize is not None and train.use_dora:
+        raise usage_error("--dora needs the model's weights as they are, and --quantize rounds them; leave one out")
     if not train.dataset_dir.strip():
         raise usage_error("--dataset_dir is empty; name the folder that prepare_dataset made")
     if train.class_prompt is not None and not train.class_prompt.strip():

@@ -26,7 +26,8 @@ FREE_SETTINGS = {
     "train.max_steps", "train.num_epochs", "train.output_dir", "train.name", "train.format", "train.keep",
     "train.checkpoint_steps", "train.validation_steps", "train.sample_prompts", "train.sample_inference_steps",
     "train.sample_guidance_scale", "train.sample_seed", "train.score", "train.tracker", "train.max_vram_gb",
-    "train.dataset_dir", "train.class_dir", "model.offline", "model.device",
+    "train.dataset_dir", "train.class_dir", "train.gradient_checkpointing", "model.offline", "model.device",
+    "paths.cache", "paths.lora", "paths.outputs", "paths.prefix",
 }  # fmt: skip
 
 

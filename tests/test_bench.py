@@ -5,7 +5,7 @@ from src.bench import __main__ as bench
 
 def test_an_unknown_part_is_one_line(capsys) -> None:
     assert bench.main(["swop"]) == 2
-    assert capsys.readouterr().err.splitlines() == ["error: there is no bench 'swop'; there are: start, swap"]
+    assert capsys.readouterr().err.splitlines() == ["error: there is no bench 'swop'; there are: start, swap, train"]
 
 
 def test_start_times_each_door_beside_a_bare_interpreter(monkeypatch, capsys) -> None:

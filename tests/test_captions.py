@@ -261,3 +261,20 @@ def test_clean_is_one_line_without_controls_and_stays_as_it_is(text):
 )
 def test_clean(text, expected):
     assert clean(text) == expected
+
+
+def test_an_empty_sidecar_is_named_once(tmp_path):
+    a, b = picture(tmp_path, "3_cat/a.png"), picture(tmp_path, "3_cat/a.jpg")
+    a.with_suffix(".txt").write_text(" \n\ufeff\n", encoding="utf-8")
+    found = find_captions(tmp_path, [a, b])
+    assert found.empty == [a.with_suffix(".txt")]
+    assert found.texts == {a: ("cat",), b: ("cat",)}
+    assert found.notes[0] == "empty caption files, taken as none: 3_cat/a.txt; write a caption into them, or delete them"
+
+
+def test_names_with_line_breaks_stay_on_one_line(tmp_path):
+    a = picture(tmp_path, "a\nb.png")
+    a.with_suffix(".txt").write_bytes(b"")
+    assert "\n" not in read_captions(tmp_path, [a])[1][0]
+    a.with_suffix(".txt").write_bytes(b"\xff")
+    assert "b.txt (byte 0 is not UTF-8)" in refusal(tmp_path, a)

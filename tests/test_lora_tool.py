@@ -102,6 +102,18 @@ def test_resize_says_what_it_keeps(run, tmp_path):
     assert kept == pytest.approx(best / total, abs=1e-4)
 
 
+def test_resize_to_a_higher_rank_says_that_nothing_was_cut(run):
+    assert run("resize dog --rank 64 --output OUT/same.safetensors")[1].startswith("rank 64 cuts nothing: no layer has more\n")
+
+
+def test_the_folder_of_a_training_is_told_from_its_checkpoints(run, tmp_path):
+    for name in ("final", "checkpoint-10"):
+        assert run(f"convert dog --to diffusers --output OUT/lora/{name}")[0] == 0
+    code, _, error = run("info OUT/lora")
+    assert code == 4
+    assert error.endswith("name one of its folders: checkpoint-10, final\n")
+
+
 def test_a_dora_for_other_programs_comes_with_a_note(run):
     assert "A1111 computes such a DoRA otherwise" in run("convert dora --to kohya --output OUT/x.safetensors")[1]
     assert "note" not in run("convert dora --to peft --output OUT/x")[1]

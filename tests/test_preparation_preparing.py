@@ -99,6 +99,14 @@ def test_every_file_is_accounted_for_and_none_is_changed(tmp_path_factory, tree,
     shutil.rmtree(root)
 
 
+def test_a_name_with_a_line_break_stays_on_one_line(tmp_path):
+    src = tmp_path / "src"
+    src.mkdir()
+    (src / "a\nb.png").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"^[^\n]*; first: a.b\.png: [^\n]*; see --help$"):
+        run(src, tmp_path / "dst")
+
+
 # --- what is written
 
 
@@ -240,7 +248,7 @@ def test_source_and_destination_may_not_overlap(tmp_path):
         ({"size": 520, "buckets": True}, "nearest: 512 or 576"),
         ({"size": 8}, "outside 64"),
         ({"background": "nocolour"}, "--background"),
-        ({"crop": "left"}, "choose center, smart"),
+        ({"crop": "left"}, "--crop left: choose center or smart"),
         ({"trigger": " "}, "--trigger"),
         ({"workers": 0}, "workers 0"),
         ({"caption": "blip", "captioner": "nowhere/model"}, "--captioner"),

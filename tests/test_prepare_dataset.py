@@ -309,7 +309,9 @@ def test_help_is_instant_and_names_every_setting():
         (["--size", "big"], ExitCode.USAGE, "expected a whole number"),
         (["--crop", "left"], ExitCode.USAGE, "choose center or smart"),
         (["--src", "nowhere"], ExitCode.NOT_FOUND, "no such folder"),
-        (["--size", "65"], ExitCode.USAGE, "nearest: 64 or 72"),
+        (["--size", "65"], ExitCode.USAGE, "--size 65 is not a multiple of 8; nearest: 64 or 72"),
+        (["--workers", "0"], ExitCode.USAGE, "--workers 0 is outside"),
+        (["--trigger", ""], ExitCode.USAGE, "--trigger is empty"),
     ],
 )
 def test_errors_are_one_line(tmp_path, capsys, flags, code, part):
@@ -353,6 +355,33 @@ def test_the_first_pictures_that_were_left_out_are_named(tmp_path, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(":")[0] for line in lines[:10]] == [f"left out x{number:02d}.png" for number in range(10)]
     assert lines[10:12] == ["... and 2 more, all in the report", "1 picture prepared, 12 left out (12 unreadable)"]
+
+
+@pytest.mark.usefixtures("_no_report")
+def test_how_to_keep_what_was_left_out_is_said(tmp_path, capsys):
+    src = photo_folder(tmp_path / "src", 1)
+    Image.open(src / "a.png").resize((40, 30)).save(src / "small.png")
+    prepared(src, tmp_path / "dst", "--trigger", "sks")
+    assert "to keep them: --allow-upscale or a smaller --size (too small)" in capsys.readouterr().err.splitlines()
+    prepared(src, tmp_path / "dst", "--trigger", "sks", "--allow-upscale", "--keep-duplicates", "--keep-blurred")
+    lines = capsys.readouterr().err.splitlines()
+    assert "pictures enlarged, which makes them soft: 1, first small.png" in lines
+    assert not any(line.startswith("to keep them") for line in lines)
+    (src / "a.png").unlink()
+    assert prepare_dataset.main(command(src, tmp_path / "new", "--trigger", "sks")) == ExitCode.REFUSED
+    assert capsys.readouterr().err.endswith("; to keep them: --allow-upscale or a smaller --size (too small)\n")
+
+
+@pytest.mark.usefixtures("_no_report")
+def test_unused_captions_say_why(tmp_path):
+    src = photo_folder(tmp_path / "src", 2)
+    for name, text in {"a.txt": "a dog", "a.caption": "far", "b.txt": "", "notes.txt": "milk"}.items():
+        (src / name).write_text(text)
+    prepared(src, tmp_path / "dst", "--trigger", "sks")
+    skipped = json.loads((tmp_path / "dst/dataset.json").read_text())["skipped"]
+    assert {item["source"]: item["reason"] for item in skipped} == {
+        "notes.txt": "no picture of that name is beside it", "a.caption": "a nearer caption is used", "b.txt": "empty",
+    }  # fmt: skip
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX")

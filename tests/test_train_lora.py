@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from src import train_lora
+from src import base_models, devices, train_lora
 from src.config import AppConfig
 from src.errors import ExitCode
 from src.generator import TextToImageGenerator
@@ -85,7 +85,12 @@ def test_a_changed_setting_is_named_and_force_goes_on(data: Path, models: dict[s
     error = last_error(capsys)
     assert "train.rank 4 -> 8" in error
     assert "train.learning_rate None -> 0.01" in error
-    assert training.resume(data, tmp_path / "out", "--max_steps", "3", "--lr", "0.01", "--force") == 0
+    assert training.resume(data, tmp_path / "out", "--max_steps", "3", "--optimizer", "prodigy", "--force") == ExitCode.REFUSED
+    assert "its optimizer was AdamW, not Prodigy" in last_error(capsys)
+    assert training.resume(data, tmp_path / "out", "--max_steps", "3", "--lr", "0.01", "--ema_decay", "0.5", "--force") == 0
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [item["lr"] for item in log if item["kind"] == "train"] == [1e-4, 0.01]
+    assert any(name.startswith("average/") for name in training.state(tmp_path / "out" / "checkpoint-3"))
 
 
 def test_changed_pictures_are_named(models: dict[str, Path], tmp_path: Path, capsys) -> None:
@@ -128,6 +133,9 @@ def test_the_class_is_drawn_by_the_model_and_trained_beside(
     assert len(drawn) == 3
     assert {path.with_suffix(".txt").read_text() for path in drawn} <= {"a red thing", "a green thing"}
     assert "4 pictures, 3 of the class" in capsys.readouterr().err
+    drawn[0].with_suffix(".txt").write_text("a blue thing")
+    assert training.resume(data, tmp_path / "out", "--max_steps", "3") == ExitCode.USAGE
+    assert "the pictures or captions changed" in last_error(capsys)
 
 
 def test_settings_come_from_a_file_and_end_in_the_checkpoint(data: Path, models: dict[str, Path], tmp_path: Path) -> None:
@@ -158,6 +166,8 @@ def test_settings_come_from_a_file_and_end_in_the_checkpoint(data: Path, models:
         (("--config", "nowhere.yaml"), 4, "nowhere.yaml"),
         (("--resume",), 4, "holds no whole checkpoint"),
         (("--zero_terminal_snr",), 2, "v-prediction"),
+        (("--dora", "--quantize", "int8"), 2, "leave one out"),
+        (("--set", "model.precision=fp16"), 2, "small gradients would vanish"),
         (("--keep", "1"), 2, "keep 1 is outside 2"),
         (("--mixed_precision", "fp16"), 2, "needs a graphics card"),
     ],
@@ -225,6 +235,38 @@ def test_a_full_memory_is_one_line_with_a_way_out(
     assert training.run(data, models["sd1"], tmp_path / "out", *arguments) == ExitCode.OUT_OF_MEMORY
     assert "step 4, resolution 64, batch size 2, rank 4); use --gradient_checkpointing" in last_error(capsys)
     assert training.state(tmp_path / "out" / "checkpoint-2")
+    calls.clear()
+    monkeypatch.setattr(devices, "available_memory_bytes", lambda: 1)  # so it is on already, by the plan
+    assert training.resume(data, tmp_path / "out") == ExitCode.OUT_OF_MEMORY
+    assert "use --batch_size 1 --gradient_accumulation 2" in last_error(capsys)
+
+
+def test_what_is_free_is_asked_before_the_model_takes_its_part(
+    data: Path, models: dict[str, Path], tmp_path: Path, monkeypatch
+) -> None:
+    order = []
+    load, ask = base_models.load, devices.available_memory_bytes
+    monkeypatch.setattr(base_models, "load", lambda config: order.append("load") or load(config))
+    monkeypatch.setattr(devices, "available_memory_bytes", lambda: order.append("ask") or ask())
+    assert training.run(data, models["sd1"], tmp_path / "out", "--max_steps", "1") == 0
+    assert order == ["ask", "load"]
+
+
+def test_a_stop_that_another_process_was_told_of_is_a_stop(
+    data: Path, models: dict[str, Path], tmp_path: Path, monkeypatch, capsys
+) -> None:
+    from src.training import loop
+
+    answers = iter([False, True])
+    monkeypatch.setattr(loop, "_is_stopped", lambda job, stop: next(answers))
+    output = tmp_path / "with space"
+    assert training.run(data, models["sd1"], output, "--max_steps", "5") == ExitCode.INTERRUPTED
+    assert (
+        f"stopped after step 1; to go on: python -m src.train_lora --dataset_dir {data} --output_dir '{output}' --resume"
+        in (capsys.readouterr().err)
+    )
+    assert (output / "checkpoint-1").is_dir()
+    assert not (output / "final").exists()
 
 
 def test_the_tracker_gets_the_losses(data: Path, models: dict[str, Path], tmp_path: Path) -> None:

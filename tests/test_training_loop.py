@@ -19,6 +19,7 @@ from src.train_config import TrainConfig
 from src.training import loop
 from src.training.batches import Feeder, Trainee
 from src.training.latent_cache import LatentCache
+from src.training.live_text import LiveText
 from src.training.loop import batch_loss
 from src.training.network import LoraNetwork
 from src.training.text_cache import TextCache
@@ -102,6 +103,20 @@ def test_loss_and_gradients_of_a_step_are_those_computed_by_hand(
     for name, parameter in network.trainable().items():
         torch.testing.assert_close(parameter.grad, leaves[name].grad, atol=1e-5, rtol=1e-3)
     assert any(parameter.grad.abs().max() > 1e-4 for parameter in network.trainable().values())
+
+
+def test_a_dropped_caption_gives_every_tensor_a_gradient_of_zero() -> None:
+    """Without one, several processes would wait for it for ever; SDXL takes zeros for an empty caption."""
+    pipeline = pipelines.sdxl()
+    assert pipeline.config.force_zeros_for_empty_prompt
+    encoders = {name: getattr(pipeline, name) for name in ("text_encoder", "text_encoder_2")}
+    network = LoraNetwork(encoders, TrainConfig(), computes_in=torch.float32)
+    tokens, pooled = LiveText(pipeline)([""], 1)
+    assert not tokens.any()
+    assert not pooled.any()
+    (tokens.sum() + pooled.sum()).backward()
+    gradients = [parameter.grad for parameter in network.trainable().values()]
+    assert not any(gradient is None or gradient.any() for gradient in gradients)
 
 
 def test_two_processes_get_the_halves_of_one_batch(data: Path, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ class FusedAttention(torch.autograd.Function):
 def meta_device(monkeypatch) -> None:
     """Neither fused attention nor autocast is known there."""
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda query, key, value, *_, **__: FusedAttention.apply(query, key, value))  # fmt: skip
-    monkeypatch.setattr(speed, "_takes", lambda x, weight: x.dtype == weight.dtype)
+    monkeypatch.setattr(speed, "_is_autocast", lambda x: False)
 
 
 def build(config: dict, train: TrainConfig) -> tuple[UNet2DConditionModel, LoraNetwork]:

@@ -33,7 +33,7 @@ def test_learning_rates_are_those_of_diffusers(name: str, warmup: int) -> None:
 
 def parameters() -> list[torch.nn.Parameter]:
     torch.manual_seed(0)
-    return [torch.nn.Parameter(torch.randn(8, 4)), torch.nn.Parameter(torch.randn(4, 8))]
+    return [torch.nn.Parameter(torch.randn(64, 128)), torch.nn.Parameter(torch.randn(4, 8))]  # 8 bits begin at 4096 numbers
 
 
 def groups(mine: list[torch.nn.Parameter], lr: float) -> list[dict]:
@@ -49,8 +49,10 @@ def take_steps(optimizer: torch.optim.Optimizer, mine: list[torch.nn.Parameter],
         optimizer.step()
 
 
-@pytest.mark.parametrize(("name", "lr"), [("adamw", 1e-2), ("adafactor", 1e-2), ("prodigy", 1.0)])
+@pytest.mark.parametrize(("name", "lr"), [("adamw", 1e-2), ("adamw8bit", 1e-2), ("adafactor", 1e-2), ("prodigy", 1.0)])
 def test_a_state_that_went_through_bytes_goes_on_bit_for_bit(name: str, lr: float) -> None:
+    if name == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
     train = TrainConfig(optimizer=name)
     whole = parameters()
     optimizer = build_optimizer(groups(whole, lr), train)
@@ -77,6 +79,25 @@ def test_the_state_of_other_parameters_is_refused() -> None:
     other = build_optimizer(groups(mine, 1e-2)[:1], TrainConfig())
     with pytest.raises(ValueError, match="other parameters"):
         unpack_state(other, tensors, text)
+
+
+def test_the_state_of_another_optimizer_is_refused() -> None:
+    mine = parameters()
+    optimizer = build_optimizer(groups(mine, 1.0), TrainConfig(optimizer="adamw"))
+    take_steps(optimizer, mine, 0, 1)
+    other = build_optimizer(groups(mine, 1.0), TrainConfig(optimizer="prodigy"))
+    with pytest.raises(ValueError, match="was AdamW, not Prodigy"):
+        unpack_state(other, *pack_state(optimizer))
+
+
+def test_rates_and_decay_are_the_run_s_and_the_rest_is_the_state_s() -> None:
+    mine = parameters()
+    optimizer = build_optimizer(groups(mine, 1e-2), TrainConfig())
+    take_steps(optimizer, mine, 0, 2)
+    other = build_optimizer(groups(mine, 1e-3), TrainConfig(weight_decay=0.5))
+    unpack_state(other, *pack_state(optimizer))
+    assert [(group["base_lr"], group["weight_decay"]) for group in other.param_groups] == [(1e-3, 0.5), (1e-4, 0.5)]
+    assert torch.equal(other.state[mine[0]]["exp_avg"], optimizer.state[mine[0]]["exp_avg"])
 
 
 def test_adamw_is_torch_s_with_the_decay_that_was_asked_for() -> None:

@@ -1,31 +1,49 @@
-"""python -m src.bench [start|swap] : time what the project promises, on this machine."""
+"""python -m src.bench [start|swap|train] [--full] [--script PATH] : time what the project promises, on this machine.
+
+``--full`` trains a model of SD v1.5's shapes; ``--script`` names diffusers' train_text_to_image_lora.py (src/bench/train.py).
+"""
 
 from __future__ import annotations
 
+import argparse
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from src.config import PROJECT_FOLDER
+from src.errors import UserError
 
-PARTS = ("start", "swap")
+PARTS = ("start", "swap", "train")
 RUNS = 10
 
 
 def main(argv: list[str]) -> int:
-    unknown = [name for name in argv if name not in PARTS]
+    """Time the parts that are named, or all; a line of the report is printed as soon as it is known."""
+    parser = argparse.ArgumentParser(prog="bench", add_help=False, allow_abbrev=False)
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--script", type=Path)
+    options, names = parser.parse_known_args(argv)
+    unknown = [name for name in names if name not in PARTS]
     if unknown:
         print(f"error: there is no bench '{unknown[0]}'; there are: {', '.join(PARTS)}", file=sys.stderr)
         return 2
     print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}")
-    for name in argv or PARTS:
-        print(f"\n{name}")
-        for line in {"start": _start, "swap": _swap}[name]():
-            print(f"  {line}")
+    parts: dict[str, Callable[[], Iterable[str]]] = {
+        "start": _start, "swap": _swap, "train": lambda: _train(options.full, options.script),
+    }  # fmt: skip
+    try:
+        for name in names or PARTS:
+            print(f"\n{name}")
+            for line in parts[name]():
+                print(f"  {line}", flush=True)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     return 0
 
 
@@ -54,6 +72,16 @@ def _swap() -> list[str]:
 
     with tempfile.TemporaryDirectory() as folder:
         return swap.run(Path(folder))
+
+
+def _train(full: bool, script: Path | None) -> Iterator[str]:
+    from src import quiet
+
+    quiet.silence_libraries()
+    from src.bench import train
+
+    with tempfile.TemporaryDirectory() as folder:
+        yield from train.run(Path(folder), full=full, script=script)
 
 
 if __name__ == "__main__":

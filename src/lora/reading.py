@@ -173,7 +173,9 @@ def _find_sources(path: Path) -> list[_Source]:
     if not files:
         for file in path.iterdir():
             refuse_pickle(file)
-        raise not_found(f"{path}: holds no LoRA ({_DIFFUSERS_FILE}, {_PEFT_SETTINGS} or one .safetensors file); check the path")
+        below = sorted(file.parent.name for file in path.glob(f"*/{_DIFFUSERS_FILE}"))  # a training's folder
+        step = f"name one of its folders: {', '.join(below)}" if below else "check the path"
+        raise not_found(f"{path}: holds no LoRA ({_DIFFUSERS_FILE}, {_PEFT_SETTINGS} or one .safetensors file); {step}")
     if len(files) > 1:
         some = ", ".join(file.name for file in files[:4]) + (" ..." if len(files) > 4 else "")
         raise refused(f"{path}: holds {len(files)} .safetensors files ({some}); name one of them")

@@ -90,6 +90,8 @@ def _facts(adapter: Adapter, wanted: Wanted) -> AdapterFacts:
 def _energy_lines(layers: Mapping[Where, LoraLayer], kept: Mapping[Where, float], rank: int) -> list[str]:
     (component, module), worst = min(kept.items(), key=lambda item: item[1])
     cut = sum(share < 1 for share in kept.values())
+    if not cut:
+        return [f"rank {rank} cuts nothing: no layer has more"]
     return [
         f"rank {rank} keeps {total_kept(layers, kept):.2%} of the energy in all; {cut} of {len(kept)} layers were cut, "
         f"most of all {component} {canonical(component, module)} ({worst:.2%} kept)"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src import report
+from src.captions import printable
 from src.images import read_image
 from src.preparation.output import Prepared
 from src.preparation.settings import PrepareConfig
@@ -65,8 +66,8 @@ def _left_out(outcome: Outcome, thumbnails: Mapping[str, Path]) -> Iterable[str]
         return
     shown = [skip for skip in outcome.skipped if skip.source in thumbnails]
     shown = _spread(sorted(shown, key=lambda skip: skip.kind), MAX_SHOWN_LEFT_OUT)
-    figures = [_figure(thumbnails[skip.source], f"{skip.kind}\n{_printable(skip.source)}\n{skip.reason}") for skip in shown]
-    rows = [(_printable(skip.source), skip.kind, _printable(skip.reason)) for skip in outcome.skipped]
+    figures = [_figure(thumbnails[skip.source], f"{skip.kind}\n{printable(skip.source)}\n{skip.reason}") for skip in shown]
+    rows = [(printable(skip.source), skip.kind, printable(skip.reason)) for skip in outcome.skipped]
     parts = [report.gallery(filter(None, figures))] if figures else []
     parts += [report.table(("file", "finding", "reason"), rows[:MAX_ROWS]), *_rest(len(rows))]
     yield report.section("Left out", *parts)
@@ -88,7 +89,7 @@ def _label(item: Prepared) -> str:
     more = f" (+{len(item.captions) - 1} more)" if len(item.captions) > 1 else ""
     left, top, right, bottom = picture.crop_px
     kept = (right - left) * (bottom - top) / (picture.source_px[0] * picture.source_px[1])
-    source = "{} · {}×{}".format(_printable(picture.source), *picture.source_px)
+    source = "{} · {}×{}".format(printable(picture.source), *picture.source_px)
     cut = f" · {kept:.0%} kept" if kept < 0.995 else ""
     notes = "".join(f"\n{note}" for note in picture.notes)
     return f"{item.file_name}: {caption}{more}\n{source}{cut}{notes}"
@@ -114,7 +115,7 @@ def _captions(prepared: Sequence[Prepared], config: PrepareConfig) -> str:
         f"{counted(long, 'caption')} beyond the {CLIP_TOKENS} tokens of one window of CLIP (marked below). train_lora reads "
         "them to the end; many other trainers cut them off there."
     )
-    rows = [(item.file_name, _printable(item.picture.source), "\n".join(item.captions) or None) for item in prepared]
+    rows = [(item.file_name, printable(item.picture.source), "\n".join(item.captions) or None) for item in prepared]
     marked = {
         index for index, item in enumerate(prepared) if any(estimate_tokens(text) > CLIP_TOKENS for text in item.captions)
     }
@@ -153,8 +154,3 @@ def _in_order(bins: Mapping[tuple[int, int | None], int], unit: str) -> dict[str
 
 def _rest(count: int) -> list[str]:
     return [report.text(f"... and {count - MAX_ROWS:,} more; dataset.json has all.")] if count > MAX_ROWS else []
-
-
-def _printable(name: str) -> str:
-    """File names may hold bytes that are no text, and signs that turn the reading direction."""
-    return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in name)

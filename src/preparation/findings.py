@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +11,12 @@ from src.preparation.examining import Examined
 from src.preparation.scanning import Skip
 from src.preparation.settings import PrepareConfig
 
+_OVERRULED_BY = {
+    "too small": "--allow-upscale or a smaller --size",
+    "blurred": "--keep-blurred",
+    "duplicate": "--keep-duplicates",
+    "no caption": "--trigger or --keep-uncaptioned",
+}
 MAX_COLOUR_DISTANCE = 12.0  # of 255, mean over 4x4 fields: recompressed and shrunk copies differ by less than 3
 
 
@@ -39,6 +45,11 @@ def find(
             against = [f"kept although {kind} ({reason})" for kind, reason, _ in reasons[picture.source]]
             kept.append(replace(picture, notes=picture.notes + against))
     return kept, skipped
+
+
+def overruled_by(kinds: Collection[str]) -> str:
+    """What to type to keep pictures that were left out: "--keep-blurred (blurred), ..."; "" if nothing helps."""
+    return ", ".join(f"{flags} ({kind})" for kind, flags in _OVERRULED_BY.items() if kind in kinds)
 
 
 def duplicates(

@@ -12,12 +12,12 @@ from typing import Any
 from PIL import ImageColor
 
 from src import folders
-from src.captions import FoundCaptions, clean, find_captions, repeats_of
+from src.captions import METADATA_NAMES, FoundCaptions, clean, find_captions, printable, repeats_of
 from src.errors import ExitCode, UserError, refused, usage_error
 from src.files import check_writable_folder, delete_files
 from src.preparation.captioner import describe_all, find_captioner
 from src.preparation.examining import Desk, Examined, examine
-from src.preparation.findings import find
+from src.preparation.findings import find, overruled_by
 from src.preparation.output import Destination, Prepared, check_folders, open_destination
 from src.preparation.scanning import Inventory, Skip, scan
 from src.preparation.settings import PrepareConfig, check
@@ -108,11 +108,13 @@ def _prepare(
         prepared = [item for item in prepared if item.captions]
     if not prepared:
         causes = ", ".join(f"{count} {kind}" for kind, count in Counter(skip.kind for skip in skipped).most_common())
-        first = f"{skipped[0].source}: {skipped[0].reason}"
-        raise refused(f"--src {src}: no picture is left ({causes}; first: {first}); see --help")
+        first = printable(f"{skipped[0].source}: {skipped[0].reason}")
+        way_out = overruled_by({skip.kind for skip in skipped})
+        step = f"to keep them: {way_out}" if way_out else "see --help"
+        raise refused(f"--src {src}: no picture is left ({causes}; first: {first}); {step}")
     skipped = [*inventory.skipped, *skipped, *_unused(inventory, captions, prepared, src)]
     skipped.sort(key=lambda skip: skip.source.split("/"))
-    outcome = _account(destination, inventory, prepared, skipped, captions.notes)
+    outcome = _account(destination, inventory, prepared, skipped, [*captions.notes, *_enlarged(prepared)])
     if not config.dry_run:
         from src.preparation.contact_sheet import write_report  # matplotlib: a second that --dry-run need not pay
 
@@ -169,11 +171,23 @@ def _unused(inventory: Inventory, captions: FoundCaptions, prepared: Sequence[Pr
     kept = {item.picture.source for item in prepared}
     used = {item.caption_from for item in prepared}
     wanted = {path.relative_to(src).as_posix() for path in captions.origins.values()}
+    empty = {path.relative_to(src).as_posix() for path in captions.empty}
+    stems = {Path(name).with_suffix("") for name in inventory.pictures}
     skips = []
     for name in inventory.captions:
-        if name not in used:
-            reason = "its pictures are left out" if name in wanted else "of no picture here, empty, or a nearer caption is used"
-            skips.append(Skip(name, "unused caption", reason))
+        if name in used:
+            continue
+        if name in wanted:
+            reason = "its pictures are left out"
+        elif name in empty:
+            reason = "empty"
+        elif Path(name).name in METADATA_NAMES:
+            reason = "names no picture here, or nearer captions are used"
+        elif Path(name).with_suffix("") in stems:
+            reason = "a nearer caption is used"
+        else:
+            reason = "no picture of that name is beside it"
+        skips.append(Skip(name, "unused caption", reason))
     for picture, mask in inventory.masks.items():
         if picture not in kept:
             skips.append(Skip(mask, "mask without picture", "its picture is left out"))
@@ -181,6 +195,12 @@ def _unused(inventory: Inventory, captions: FoundCaptions, prepared: Sequence[Pr
         if item.picture.mask_problem is not None:
             skips.append(Skip(item.picture.mask, "unreadable mask", item.picture.mask_problem))
     return skips
+
+
+def _enlarged(prepared: Sequence[Prepared]) -> list[str]:
+    """Nothing is enlarged silently: a note, if something was."""
+    names = [item.picture.source for item in prepared if item.picture.enlarged > 1]
+    return [f"pictures enlarged, which makes them soft: {len(names)}, first {printable(names[0])}"] if names else []
 
 
 def _account(

@@ -82,16 +82,16 @@ def check(config: PrepareConfig) -> None:
             raise usage_error(f"--{name} is missing; name {what}")
     for name, known in {"crop": CROPS, "caption": CAPTIONERS}.items():
         if getattr(config, name) not in (None, *known):
-            raise usage_error(f"{name} '{getattr(config, name)}' is not known; choose {', '.join(known)}")
+            raise usage_error(f"--{name} {getattr(config, name)}: choose {' or '.join(known)}")
     ranges = {"size": (64, 8192), "blur_threshold": (0, 1e6), "duplicate_distance": (0, 32), "workers": (1, 256)}
     for name, (low, high) in ranges.items():
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and low <= value <= high):
-            raise usage_error(f"{name} {value:g} is outside {low:g} to {high:g}")
+            raise usage_error(f"--{name.replace('_', '-')} {value:g} is outside {low:g} to {high:g}")
     step = BUCKET_STEP_PX if config.buckets else 8
     if config.size % step:
         low = config.size // step * step
-        raise usage_error(f"size {config.size} is not a multiple of {step}; nearest: {low or step} or {low + step}")
+        raise usage_error(f"--size {config.size} is not a multiple of {step}; nearest: {low or step} or {low + step}")
     if config.trigger is not None and not config.trigger.strip():
         raise usage_error('--trigger is empty; give the words that shall mean your subject, e.g. "sks dog"')
     _check_template(config)

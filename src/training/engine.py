@@ -4,22 +4,50 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 
 from src import base_models
 from src.base_models import LoadedModel
 from src.errors import usage_error
 from src.train_config import DEFAULT_STEPS, TrainRun
 
+# While one process encodes, draws or judges the others wait: longer than the ten minutes after which NCCL gives up.
+PATIENCE = timedelta(days=7)
+
 
 def build_accelerator(run: TrainRun) -> Accelerator:
     """The engine: one process or many, which device, which precision. Raises UserError (usage)."""
+    for name in ("DeepSpeed", "FSDP", "Megatron_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() in ("1", "true"):
+            raise usage_error(
+                f"accelerate's configuration asks for {name}, which splits the model; an adapter's training needs the whole "
+                "one on each card: use accelerate launch --multi_gpu"
+            )
     device = base_models.pick_device(run.model.device)
-    precision = run.train.mixed_precision
+    precision = _mixed_precision(run, device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # a single process trains on the current card, whatever was asked for
+    options: dict[str, Any] = {"kwargs_handlers": [InitProcessGroupKwargs(timeout=PATIENCE)]}
+    if run.train.tracker:
+        if importlib.util.find_spec(run.train.tracker) is None:
+            raise usage_error(f"tracker {run.train.tracker} is not installed; pip install {run.train.tracker}")
+        options |= {"log_with": run.train.tracker, "project_dir": str(Path(run.train.output_dir).expanduser() / "tracker")}
+    accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu", **options)
+    if run.train.tracker:
+        accelerator.init_trackers("train_lora", config={key: str(value) for key, value in run.to_dict()["train"].items()})
+    return accelerator
+
+
+def _mixed_precision(run: TrainRun, device: torch.device) -> str:
+    """What autocast computes in: as asked for, else as the frozen weights, else what the device is good at."""
+    frozen = {"fp32": "no"}.get(run.model.precision, run.model.precision)
+    precision = frozen if run.train.mixed_precision == "auto" else run.train.mixed_precision
     if precision == "auto":
         picked = base_models.pick_dtype("auto", device)
         precision = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "no"}[picked]
@@ -29,15 +57,12 @@ def build_accelerator(run: TrainRun) -> Accelerator:
             precision = "no"
     if precision == "fp16" and device.type == "cpu":
         raise usage_error("mixed_precision fp16 needs a graphics card; use bf16 or no on a CPU")
-    options: dict[str, Any] = {}
-    if run.train.tracker:
-        if importlib.util.find_spec(run.train.tracker) is None:
-            raise usage_error(f"tracker {run.train.tracker} is not installed; pip install {run.train.tracker}")
-        options = {"log_with": run.train.tracker, "project_dir": str(Path(run.train.output_dir).expanduser() / "tracker")}
-    accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu", **options)
-    if run.train.tracker:
-        accelerator.init_trackers("train_lora", config={key: str(value) for key, value in run.to_dict()["train"].items()})
-    return accelerator
+    if frozen == "fp16" and precision != "fp16":
+        raise usage_error(
+            f"model.precision fp16 with mixed_precision {precision}: small gradients would vanish without fp16's scaler; leave "
+            "model.precision out, or use --mixed_precision fp16"
+        )
+    return precision
 
 
 def autocast_dtype(accelerator: Accelerator) -> torch.dtype:

@@ -60,10 +60,10 @@ def weights_digest(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def machine_facts(model: LoadedModel) -> dict[str, Any]:
+def machine_facts(model: LoadedModel, processes: int) -> dict[str, Any]:
     """What bit-equality after a resume depends on beside the settings."""
     return {
         "torch": torch.__version__, "diffusers": diffusers.__version__, "peft": peft.__version__,
         "python": platform.python_version(), "device": model.device_name, "precision": model.precision,
-        "threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads(), "processes": processes,
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -20,16 +21,17 @@ from src.training.live_text import LiveText
 from src.training.loop import Progress
 from src.training.samples import Sampler, save_samples
 from src.training.saving import Saver
-from src.training.scores import Best, Scorer, choose_best, load_clip
+from src.training.scores import MAX_PHOTOS, Best, Scorer, choose_best, load_clip
 from src.training.text_cache import Text, TextCache, time_ids
 from src.training.training_report import write
 from src.training.validation import Item, Validation
 
 BEST, FINAL = "best", "final"
+REPORT_EVERY_S = 60.0
 
 
 class Judge:
-    """Judges and publishes the adapter of one training; only the first process has one."""
+    """Judges and publishes the adapter of one training; of several processes the first one does."""
 
     def __init__(
         self,
@@ -49,9 +51,10 @@ class Judge:
         self._live_text = LiveText(model.pipeline) if train.train_text_encoder else None
         items = [self._item(example, latents, texts) for example in dataset.held_out]
         self._validation = Validation(items, schedule, seed=train.seed) if items else None
-        self._sampler = Sampler(model, train.sample_prompts, train, say) if train.sample_prompts else None
+        draws = bool(train.sample_prompts) and accelerator.is_main_process
+        self._sampler = Sampler(model, train.sample_prompts, train, say) if draws else None
         self._scorer = self._build_scorer() if train.score and self._sampler is not None else None
-        self._judged_at = -1
+        self._reported_at = time.monotonic()
         self._best_step: int | None = None
 
     def start(self, saver: Saver, history: History) -> None:
@@ -64,7 +67,7 @@ class Judge:
 
     def judge(self, progress: Progress) -> None:
         """Measure the adapter as it would be saved now."""
-        step, self._judged_at = progress.step, progress.step
+        step = progress.step
         saver = self._saver
         average = nullcontext() if saver.average is None else saver.average.swapped_in(saver.network.trainable())
         unet, autocast = self._model.pipeline.unet, self._autocast
@@ -93,7 +96,8 @@ class Judge:
         self._history.add("checkpoint", progress.step, folder=checkpoint.folder.name)
         self._history.flush()
         self.follow_up()
-        self.report(progress)
+        if time.monotonic() - self._reported_at > REPORT_EVERY_S:  # its charts take seconds
+            self.report(progress)
 
     def follow_up(self) -> None:
         """What follows from a checkpoint, and again at the end: the process may have been killed between the two."""
@@ -124,6 +128,7 @@ class Judge:
 
     def report(self, progress: Progress) -> Path:
         """Write ``report.html`` anew."""
+        self._reported_at = time.monotonic()
         return write(
             self._root, self._run, self._history, photos=self._dataset.train, facts=self._report_facts(progress),
             seconds=progress.seconds, best=self._best(),
@@ -170,5 +175,6 @@ class Judge:
         clip = load_clip(self._run.model.model_id, self._run.paths.folder("cache"), self._say)
         if clip is None:
             return None
-        photos: list[Image.Image] = [load_picture(example) for example in self._dataset.train]
+        step = -(-len(self._dataset.train) // MAX_PHOTOS)  # a few of them: thousands would fill the memory
+        photos: list[Image.Image] = [load_picture(example) for example in self._dataset.train[::step]]
         return Scorer(clip, photos, self._run.train.sample_prompts, self._dataset.trigger)

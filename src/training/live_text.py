@@ -32,4 +32,5 @@ class LiveText:
         embedding = conditioning.embed(self._pipeline, caption, chunks, weighted=False)
         if caption or embedding.pooled is None or not self._zeros_if_empty:
             return embedding
-        return conditioning.Embedding(torch.zeros_like(embedding.tokens), torch.zeros_like(embedding.pooled))
+        # Times zero, and not zeros: with several processes each tensor that learns needs a gradient in every step.
+        return conditioning.Embedding(embedding.tokens * 0, embedding.pooled * 0)

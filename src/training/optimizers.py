@@ -17,6 +17,7 @@ from src.train_config import TrainConfig
 
 COSINE_CYCLES = 4  # of cosine_with_restarts
 POLYNOMIAL_POWER = 2.0
+OF_THE_RUN = ("lr", "base_lr", "weight_decay")  # in a group; what else is there is state, such as Prodigy's estimate
 
 
 def build_optimizer(groups: Sequence[dict[str, Any]], train: TrainConfig) -> torch.optim.Optimizer:
@@ -87,15 +88,18 @@ def pack_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], str
             if isinstance(value, Tensor):
                 tensors[f"group{number}.{name}"] = value.detach().cpu().clone()
                 del group[name]
-    return tensors, json.dumps({"numbers": numbers, "groups": groups})
+    return tensors, json.dumps({"kind": type(optimizer).__name__, "numbers": numbers, "groups": groups})
 
 
 def unpack_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], text: str) -> None:
     """Put what `pack_state` gave back into an optimizer over the same parameters.
 
-    Raises ValueError, KeyError, IndexError for others.
+    Learning rates and weight decay stay those of ``optimizer``: a resume may have been told others. Raises ValueError,
+    KeyError, IndexError for another optimizer, or other parameters.
     """
     held = json.loads(text)
+    if held["kind"] != type(optimizer).__name__:
+        raise ValueError(f"its optimizer was {held['kind']}, not {type(optimizer).__name__}")
     state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in held["numbers"].items()}
     groups = [dict(group) for group in held["groups"]]
     for name, tensor in tensors.items():
@@ -108,7 +112,7 @@ def unpack_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], t
     if len(mine) != len(groups):
         raise ValueError("the optimizer's state is that of other parameters")
     for group, own in zip(groups, mine):
-        group["params"] = own["params"]
+        group |= {"params": own["params"]} | {key: own[key] for key in OF_THE_RUN if key in own}
         for key, value in own.items():  # JSON has lists where an optimizer has tuples (betas)
             if isinstance(value, tuple):
                 group[key] = tuple(group[key])

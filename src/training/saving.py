@@ -96,7 +96,8 @@ class Saver:
             numbers = json.loads(checkpoint.read(NUMBERS))
             unpack_state(self.optimizer, safetensors.torch.load(checkpoint.read(OPTIMIZER)), numbers["optimizer"])
             if self.average is not None:
-                average = safetensors.torch.load(checkpoint.read(AVERAGE))
+                begun = AVERAGE in checkpoint.files  # it was not, where --force has turned it on
+                average = safetensors.torch.load(checkpoint.read(AVERAGE if begun else ADAPTER))
                 self.average.tensors = {name: average[name].to(item.device) for name, item in self.average.tensors.items()}
             if self.scaler is not None and numbers["scaler"] is not None:
                 self.scaler.load_state_dict(numbers["scaler"])

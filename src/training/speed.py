@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 CHUNK_NUMBERS = 1 << 21  # scores at once: they stay in the cache of a CPU core
-LONG = {torch.float32: 1 << 18, torch.bfloat16: 1 << 21}  # scores of one head, from which on they are not kept
+LONG = {torch.bfloat16: 1 << 21}  # scores of one head, from which on they are not kept for the backward pass
+LONG_OTHERWISE = 1 << 18
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
@@ -88,10 +89,12 @@ class AdaptedLinear(PeftLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.get_base_layer()
-        if not _takes(x, base.weight) or self.disable_adapters or self.merged or base._forward_hooks:
+        if self.disable_adapters or self.merged or _is_autocast(x):
             return super().forward(x, *args, **kwargs)
         (name,) = self.active_adapters
         down, up = self.lora_A[name].weight, self.lora_B[name].weight
+        if base.weight.dtype != x.dtype or base._forward_hooks:  # quantised
+            return base(x) + F.linear(F.linear(x, down.to(x.dtype)) * self.scaling[name], up.to(x.dtype))
         return _AdaptedProduct.apply(x, base.weight, base.bias, down, up, self.scaling[name])
 
 
@@ -132,7 +135,7 @@ class CpuAttention:
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """``softmax(q k^T / sqrt(d)) v`` of (B, H, L, d) and (B, H, S, d): as scaled_dot_product_attention, for the CPU."""
     scores = query.shape[2] * key.shape[2]
-    if scores >= LONG.get(query.dtype, 1 << 18):
+    if scores >= LONG.get(query.dtype, LONG_OTHERWISE):
         return _LongAttention.apply(query, key, value)
     if query.dtype == torch.float32:
         return F.scaled_dot_product_attention(query, key, value)
@@ -240,7 +243,11 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _takes(x: Tensor, weight: Tensor) -> bool:
     """Whether nothing has to be cast: the layers here leave autocast to the library's."""
-    return x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type)
+    return x.dtype == weight.dtype and not _is_autocast(x)
+
+
+def _is_autocast(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)
 
 
 def _exchange_adapter(module: LoraLayer, device: torch.device, dtype: torch.dtype) -> None:

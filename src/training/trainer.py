@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import shlex
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from src import base_models, optimizations
+from src import base_models, devices, optimizations
 from src.base_models import LoadedModel
 from src.checkpoints import Checkpoint, CheckpointFolder
+from src.config import OptimizationConfig
 from src.dataset import Dataset, Example, read_dataset
 from src.diffusion import NoiseSchedule, check_loss
 from src.errors import ExitCode, UserError, refused, usage_error
+from src.model_shapes import read_shapes
 from src.terminal import Terminal
 from src.train_config import TrainRun
 from src.training.batches import Feeder, Trainee
@@ -34,6 +39,7 @@ from src.training.optimizers import build_optimizer
 from src.training.saving import Saver
 from src.training.speed import prepare_for_speed
 from src.training.text_cache import TextCache
+from src.training_memory import TrainingNeed, choose, describe
 
 
 class Trainer:
@@ -45,6 +51,7 @@ class Trainer:
         self.accelerator = build_accelerator(run)
         self.is_main = self.accelerator.is_main_process
         self.progress = Progress()
+        self._checkpoints_gradients = bool(run.train.gradient_checkpointing)
 
     def say(self, line: str) -> None:
         """A line on the terminal, from one process only."""
@@ -69,16 +76,15 @@ class Trainer:
 
     def _train(self, store: CheckpointFolder, checkpoint: Checkpoint | None, force: bool) -> ExitCode:
         job, saver, judge = self._prepare(store)
-        start = 0
-        if checkpoint is not None:
+        if checkpoint is None:
+            job.history.rewind(-1)  # what a training left that was killed before its first checkpoint
+            self._on_main(judge.before)(self.progress)
+        else:
             self._compare(checkpoint, saver.run_facts, force)
             self.progress = saver.restore(checkpoint)
-            start = self.progress.step
-            job.history.rewind(start)
-            self.say(f"resume  from {checkpoint.folder}, step {start} of {job.total_steps}")
-        if checkpoint is None:
-            self._on_main(judge.before)(self.progress)
-        self._start_progress(job, start)
+            job.history.rewind(self.progress.step)
+            self.say(f"resume  from {checkpoint.folder}, step {self.progress.step} of {job.total_steps}")
+        self._start_progress(job, self.progress.step)
         with Interruption() as stop:
             try:
                 train(job, self.progress, stop)
@@ -86,11 +92,15 @@ class Trainer:
                 self.terminal.end_progress()
                 job.history.flush()
         self._on_main(judge.report)(self.progress)
-        if stop.requested and self.progress.step < job.total_steps:
-            self.say(f"stopped after step {self.progress.step}; to go on: {resume_command(self.run)}")
-            return stop.exit_code
-        self._finish(saver, judge)
-        return ExitCode.OK
+        code = ExitCode.OK
+        if self.progress.step < job.total_steps:
+            again = resume_command(self.run, self.accelerator.num_processes)
+            self.say(f"stopped after step {self.progress.step}; to go on: {again}")
+            code = stop.exit_code or ExitCode.INTERRUPTED  # of several processes, another one may have got the signal
+        else:
+            self._on_main(lambda progress: self._finish(saver, judge))(self.progress)
+        self.accelerator.end_training()
+        return code
 
     # -- preparing
 
@@ -99,6 +109,7 @@ class Trainer:
         if train.class_prompt is not None and self.is_main:
             draw_class_images(self.run, class_folder(self.run), self.say)
         self.accelerator.wait_for_everyone()
+        budget_bytes = self._memory_budget()
         with self.progress.timed("load"):
             model = self._load_model()
         schedule = NoiseSchedule.from_config(model.scheduler_config, zero_terminal_snr=train.zero_terminal_snr)
@@ -106,6 +117,7 @@ class Trainer:
         dataset, priors = self._read_data(model)
         with self.progress.timed("encode"):
             latents, texts, judge = self._encode(model, dataset, priors, schedule)
+        self._plan(model, budget_bytes)
         network = self._build_network(model)
         live_text = LiveText(model.pipeline) if train.train_text_encoder else None
         trainee = self.accelerator.prepare(Trainee(model.pipeline.unet, live_text))
@@ -118,7 +130,8 @@ class Trainer:
         steps = total_steps(self.run, feeder.order.batches_per_epoch)
         history = History(store.root / "log.jsonl") if self.is_main else History(None)
         facts = adapter_facts(self.run, model, dataset)
-        run_facts = {"dataset": dataset.digest, "base_sha256": facts.base_sha256, "machine": machine_facts(model)}
+        machine = machine_facts(model, self.accelerator.num_processes)
+        run_facts = {"dataset": dataset.digest, "base_sha256": facts.base_sha256, "machine": machine}
         saver = Saver(store, self.run, model, network, average, optimizer.optimizer, self.accelerator.scaler, facts, run_facts)
         judge.start(saver, history)
         job = Job(
@@ -161,7 +174,8 @@ class Trainer:
             class_folder(self.run), resolution_px, validation_every=0, weight=train.prior_loss_weight, fixed_caption=fixed,
             **options,
         )  # fmt: skip
-        return dataset, priors.train[: train.num_class_images]
+        digest = hashlib.sha256(f"{dataset.digest} {priors.digest}".encode()).hexdigest()
+        return replace(dataset, digest=digest), priors.train[: train.num_class_images]
 
     def _encode(
         self, model: LoadedModel, dataset: Dataset, priors: Sequence[Example], schedule: NoiseSchedule
@@ -182,6 +196,7 @@ class Trainer:
             texts.encode(captions, self._encoding("captions"))
         self.terminal.end_progress()
         judge = Judge(self.run, model, dataset, latents, texts, schedule, self.accelerator, self.say)
+        optimizations.free_memory()  # what the encoders worked in, before the U-Net takes its place
         return latents, texts, judge
 
     def _encoding(self, what: str) -> Callable[[int, int], None]:
@@ -208,11 +223,24 @@ class Trainer:
                     models[name] = encoder.to(device).train()
         network = LoraNetwork(models, train, computes_in=autocast_dtype(self.accelerator))
         prepare_for_speed(unet)
-        if train.gradient_checkpointing:
+        if self._checkpoints_gradients:
             for part in models.values():
                 enable = getattr(part, "enable_gradient_checkpointing", None) or part.gradient_checkpointing_enable
                 enable()
         return network
+
+    def _memory_budget(self) -> int | None:
+        """Bytes that the plan may use; asked for before anything is loaded, since the plan counts the weights itself."""
+        if self.accelerator.device.type == "cpu":
+            return devices.available_memory_bytes()
+        return optimizations.memory_budget(self.accelerator.device, OptimizationConfig(max_vram_gb=self.run.train.max_vram_gb))
+
+    def _plan(self, model: LoadedModel, budget_bytes: int | None) -> None:
+        """Decide whether activations are computed twice rather than kept: as the user says, or as the memory asks for."""
+        need = TrainingNeed.of(self.run.train, model.native_size_px, model.precision)
+        plan = choose(read_shapes(model.config_folder), need, budget_bytes, on_card=self.accelerator.device.type != "cpu")
+        self.say(f"plan    {describe(plan)}")
+        self._checkpoints_gradients = bool(plan.need.gradient_checkpointing)
 
     # -- while it runs
 
@@ -249,7 +277,7 @@ class Trainer:
         prior = f", {len(priors)} of the class" if priors else ""
         self.say(f"data    {len(dataset.train)} pictures{held}{prior}; trigger: {dataset.trigger or 'none'}")
         order = job.feeder.order
-        if order.fill_ups > 0.1 * order.batches_per_epoch * train.batch_size:
+        if order.fill_ups > 0.1 * order.batches_per_epoch * train.batch_size * self.accelerator.num_processes:
             self.say(
                 f"data    batches hold pictures of one size: to fill them, {order.fill_ups} visits an epoch are extra; "
                 "--batch_size 1 or --no-buckets avoids that"
@@ -285,31 +313,28 @@ class Trainer:
     def _way_out(self) -> str:
         """The next smaller thing to try."""
         train = self.run.train
-        if not train.gradient_checkpointing:
+        if not self._checkpoints_gradients:
             return "use --gradient_checkpointing"
         if train.batch_size > 1:
             return f"use --batch_size 1 --gradient_accumulation {train.batch_size}"
         return "use a smaller --resolution" if train.quantize else "use --quantize nf4, or a smaller --resolution"
 
     def _finish(self, saver: Saver, judge: Judge) -> None:
-        if self.is_main:
-            judge.follow_up()
-            final = judge.publish_final(self.progress)
-            self.say(f"saved   {final}")
-            self.say(f"best    {judge.best_line()}")
-            self.say(f"report  {saver.store.root / 'report.html'}")
-            trigger = saver.facts.trigger or "your subject"
-            model = "" if self.run.model.model_id == TrainRun().model.model_id else f" --model {self.run.model.model_id}"
-            self.say(f'draw    python main.py "a photo of {trigger}" --lora {final}{model}')
-        self.accelerator.wait_for_everyone()
-        if self.run.train.tracker:
-            self.accelerator.end_training()
+        judge.follow_up()
+        final = judge.publish_final(self.progress)
+        self.say(f"saved   {final}")
+        self.say(f"best    {judge.best_line()}")
+        self.say(f"report  {saver.store.root / 'report.html'}")
+        trigger, model = saver.facts.trigger or "your subject", self.run.model.model_id
+        of_model = "" if model == TrainRun().model.model_id else f" --model {shlex.quote(model)}"
+        self.say(f'draw    python main.py "a photo of {trigger}" --lora {shlex.quote(str(final))}{of_model}')
 
 
-def resume_command(run: TrainRun) -> str:
+def resume_command(run: TrainRun, processes: int = 1) -> str:
     """What to type to go on after an interruption."""
-    output = f" --output_dir {run.train.output_dir}" if run.train.output_dir != TrainRun().train.output_dir else ""
-    return f"python -m src.train_lora --dataset_dir {run.train.dataset_dir}{output} --resume"
+    launcher = "python" if processes == 1 else f"accelerate launch --num_processes {processes}"
+    output = f" --output_dir {shlex.quote(run.train.output_dir)}" if run.train.output_dir != TrainRun().train.output_dir else ""
+    return f"{launcher} -m src.train_lora --dataset_dir {shlex.quote(run.train.dataset_dir)}{output} --resume"
 
 
 def class_folder(run: TrainRun) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,6 +49,7 @@ class ForkedTraining:
         def child() -> None:
             log = os.open(self.root / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             os.dup2(log, 1), os.dup2(log, 2)
+            sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115 - in place of what pytest put there
             # Drawing the report is most of the time of a tiny training, and it is written as any other file is.
             judging.Judge.report = lambda self, progress: None
             if self._prepared is not None:
@@ -68,8 +70,9 @@ class ForkedTraining:
 
     def log(self) -> str:
         """What the runs since the last call said."""
-        text = (self.root / "log").read_text(encoding="utf-8")
-        os.truncate(self.root / "log", 0)
+        path = self.root / "log"
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        path.unlink(missing_ok=True)
         return text
 
     def result(self, step: int) -> dict[str, bytes]:
