@@ -176,7 +176,7 @@ def _captions(
     if silent and trigger is None:
         raise refused(
             f"{folder}: no caption for {_some([path.relative_to(folder).as_posix() for path in silent])}; write what is to be "
-            'seen into a .txt file of the same name, or prepare with --caption-template "a photo of {trigger}"'
+            'seen into a .txt file of the same name, or prepare them with --trigger "sks dog"'
         )
     if silent:
         notes.append(f"{len(silent)} of {len(paths)} pictures have no caption; they are trained with the trigger, '{trigger}'")

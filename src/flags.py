@@ -156,7 +156,8 @@ def _convert(flag: Flag, value: Any) -> Any:
     """The text typed after a flag as the flag's type."""
     if flag.choices is not None and value not in flag.choices:
         *first, last = flag.choices
-        raise usage_error(f"{flag.names[0]} {value}: choose {', '.join(first)} or {last}")
+        known = " or ".join(filter(None, (", ".join(first), last)))
+        raise usage_error(f"{flag.names[0]} {value}: choose {known}")
     if flag.kind not in (int, float):
         return value
     try:

@@ -112,7 +112,8 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
     "judging": (
         Flag(("--validation-every",), "hold out every n-th picture; 0: none (default: 10)", "train.validation_every", int, "N"),
         Flag(("--validation-steps",), "steps between validations (default: --checkpoint_steps)", "train.validation_steps", int, "N"),
-        Flag(("--sample-prompts", "--sample-prompt"), "prompt, or text file with one a line; may be repeated", "train.sample_prompts", metavar="TEXT|FILE", repeat=True),
+        switch("--no-samples", "draw no pictures while training", "train.samples", False),
+        Flag(("--sample-prompts", "--sample-prompt"), "prompt, or text file with one a line; may be repeated (default: one with the trigger)", "train.sample_prompts", metavar="TEXT|FILE", repeat=True),
         Flag(("--sample-seed",), "of the sample pictures", "train.sample_seed", int, "N"),
         switch("--no-score", "do not judge checkpoints by CLIP features", "train.score", False),
         Flag(("--tracker",), " | ".join(TRACKERS), "train.tracker", metavar="NAME", choices=TRACKERS),

@@ -87,7 +87,8 @@ class TrainConfig:
     # judging
     validation_every: int | None = None  # hold out every n-th picture; None: 10 if there are 10 or more; 0: none
     validation_steps: int | None = None  # steps between validations; None: checkpoint_steps
-    sample_prompts: tuple[str, ...] = ()  # prompts, or the name of a text file with one a line
+    samples: bool = True  # draw pictures at each validation
+    sample_prompts: tuple[str, ...] = ()  # prompts, or the name of a text file with one a line; (): one with the trigger
     sample_inference_steps: int = 20
     sample_guidance_scale: float = 7.5
     sample_seed: int = 0
@@ -134,7 +135,8 @@ def check(run: TrainRun) -> None:
     for name, (low, high) in _RANGES.items():
         value = getattr(train, name)
         if value is not None and not (math.isfinite(value) and low <= value <= high):
-            raise usage_error(f"{name} {value:g} is outside {low:g} to {high:g}")
+            most = f"{high:,.0f}" if high > 1e5 else f"{high:g}"
+            raise usage_error(f"{name} {value:g} is outside {low:g} to {most}")
     if train.resolution is not None and train.resolution % 8:
         low = train.resolution // 8 * 8
         raise usage_error(f"resolution {train.resolution} is not a multiple of 8; nearest: {low} or {low + 8}")

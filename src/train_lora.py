@@ -24,16 +24,20 @@ from src.train_config import DEFAULT_STEPS, TrainRun
 # What may differ after a resume without being named: it does not change what is learnt.
 FREE_SETTINGS = {
     "train.max_steps", "train.num_epochs", "train.output_dir", "train.name", "train.format", "train.keep",
-    "train.checkpoint_steps", "train.validation_steps", "train.sample_prompts", "train.sample_inference_steps",
+    "train.checkpoint_steps", "train.validation_steps", "train.samples", "train.sample_prompts", "train.sample_inference_steps",
     "train.sample_guidance_scale", "train.sample_seed", "train.score", "train.tracker", "train.max_vram_gb",
     "train.dataset_dir", "train.class_dir", "train.gradient_checkpointing", "model.offline", "model.device",
     "paths.cache", "paths.lora", "paths.outputs", "paths.prefix",
 }  # fmt: skip
 
 
+# What the tensors of a checkpoint follow from: another value is another adapter or another optimizer.
+FIXED_SETTINGS = {"train.rank", "train.targets", "train.use_dora", "train.train_text_encoder", "train.optimizer"}
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the training and return the exit code. Errors are one line; ``--debug`` adds the traceback."""
-    return answer(argv, _run, "interrupted; the last checkpoint is kept, --resume goes on from it", as_json="--json" in argv)
+    return answer(argv, _run, "interrupted; if a checkpoint has been saved, --resume goes on from it", as_json="--json" in argv)
 
 
 def _run(argv: Sequence[str], terminal: Terminal) -> int:
@@ -55,7 +59,9 @@ def _run(argv: Sequence[str], terminal: Terminal) -> int:
         checkpoint = _find_checkpoint(store, typed)
         if checkpoint is not None:
             run = _resumed_run(checkpoint, typed)
-            _refuse_finished(run, checkpoint, store)
+            if _is_finished(run, checkpoint, store):
+                say(f"{store.root}: all {checkpoint.step} steps are done; --max_steps N trains on to step N")
+                return ExitCode.OK
         dataset = _read_early(run)
 
         from src import quiet
@@ -97,6 +103,12 @@ def _resumed_run(checkpoint: Checkpoint, typed: dict[str, Any]) -> TrainRun:
         for name in setting_names(now)
         if name not in free and (old := _get(before, name)) != (new := _get(now, name))
     ]
+    fixed = [line for line in changed if line.split()[0] in FIXED_SETTINGS]
+    if fixed:
+        raise usage_error(
+            f"--resume: cannot go on from {checkpoint.folder.name} with {', '.join(fixed)}; leave that out, or start anew with "
+            "another --output_dir"
+        )
     if changed and "force" not in typed:
         raise usage_error(
             f"--resume: other settings than those of {checkpoint.folder.name}: {', '.join(changed)}; "
@@ -105,17 +117,15 @@ def _resumed_run(checkpoint: Checkpoint, typed: dict[str, Any]) -> TrainRun:
     return now
 
 
-def _refuse_finished(run: TrainRun, checkpoint: Checkpoint, store: CheckpointFolder) -> None:
-    """Nothing is left to do when all steps are done and ``final/`` is theirs. Raises UserError (usage)."""
+def _is_finished(run: TrainRun, checkpoint: Checkpoint, store: CheckpointFolder) -> bool:
+    """Whether all steps are done and ``final/`` is theirs; without that, it is still to be published."""
     steps = run.train.max_steps or (DEFAULT_STEPS if run.train.num_epochs is None else None)
     if steps is None or checkpoint.step < steps:
-        return
+        return False
     try:
-        final = read_manifest(store.root / "final")
+        return read_manifest(store.root / "final").step == checkpoint.step
     except UserError:
-        return  # stopped between the last checkpoint and final/: that is still to be published
-    if final.step == checkpoint.step:
-        raise usage_error(f"{store.root}: all {checkpoint.step} steps are done; --max_steps N trains on to step N")
+        return False
 
 
 def _stored_run(checkpoint: Checkpoint) -> TrainRun:

@@ -72,7 +72,7 @@ class TrainingNeed:
         return cls(
             train.resolution or native_px, train.batch_size, train.rank, train.targets, train.use_dora, precision,
             train.quantize, train.optimizer, ema=train.ema_decay is not None, text_encoders=train.train_text_encoder,
-            samples=bool(train.sample_prompts), gradient_checkpointing=train.gradient_checkpointing,
+            samples=train.samples, gradient_checkpointing=train.gradient_checkpointing,
         )  # fmt: skip
 
 

@@ -1,6 +1,13 @@
 """The bench names its parts, and times what the program really answers."""
 
+import pytest
+import torch
+
 from src.bench import __main__ as bench
+from src.bench import train
+from src.bench.script_loop import ScriptLoop
+from src.errors import UserError
+from tests.tiny import pipelines
 
 
 def test_an_unknown_part_is_one_line(capsys) -> None:
@@ -14,3 +21,35 @@ def test_start_times_each_door_beside_a_bare_interpreter(monkeypatch, capsys) ->
     rows = [line for line in capsys.readouterr().out.splitlines() if line.endswith(" ms")]
     assert len(rows) == 4
     assert all(float(row.split()[-2]) > 0 for row in rows)
+
+
+def test_the_scripts_loop_trains_and_ours_is_timed_on_the_same_pictures(tmp_path) -> None:
+    model = pipelines.save(pipelines.sd1(), tmp_path / "model")
+    data = train.write_pictures(tmp_path / "data", 64)
+    loop = ScriptLoop(str(model), data, 64, batch_size=2, rank=4, precision="no")
+    assert all("attn" in name for name, item in loop.unet.named_parameters() if item.requires_grad)
+    before = [parameter.detach().clone() for parameter in loop.learning]
+    losses = list(loop.steps(6))  # more than the 4 batches of an epoch
+    assert len(losses) == 6
+    assert all(0 < loss < 3 for loss in losses)
+    assert any(not torch.equal(old, new) for old, new in zip(before, loop.learning))
+    setting = train.Setting(str(model), 64, 2, "no", steps=4)
+    times = train.time_ours(setting, data, tmp_path / "ours")
+    assert len(times) == 4 - train.WARM_UP_STEPS
+    assert not list((tmp_path / "ours").glob("checkpoint-*"))
+    assert len(train.time_reference(setting, data)) == 4 - train.WARM_UP_STEPS
+
+
+def test_the_script_is_timed_by_its_progress_bar(tmp_path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, time\n"
+        "assert '--resolution=64' in sys.argv and '--mixed_precision=bf16' in sys.argv, sys.argv\n"
+        "for step in range(7):\n"
+        "    sys.stderr.write(f'\\rSteps:  1%| | {step}/6 [00:00<00:00,  1it/s, loss=0.1]'); sys.stderr.flush(); time.sleep(0.05)\n"
+    )
+    (seconds,) = train._time_script(train.Setting("m", 64, 1, "bf16", steps=6), tmp_path, script, tmp_path / "out")
+    assert 0.04 < seconds < 0.2
+    script.write_text("import sys; sys.exit('torchvision is missing')")
+    with pytest.raises(UserError, match="torchvision is missing"):
+        train._time_script(train.Setting("m", 64, 1, "no", steps=6), tmp_path, script, tmp_path / "out")

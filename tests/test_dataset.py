@@ -85,7 +85,7 @@ def test_pictures_without_captions_are_all_named(tmp_path: Path) -> None:
     message = refusal(ExitCode.REFUSED, tmp_path)
     assert "00.png, 01.png" in message
     assert "and 2 more" in message
-    assert "--caption-template" in message
+    assert "--trigger" in message
 
 
 def test_a_prepared_folder_is_read_with_its_trigger_repeats_and_cuts(tmp_path: Path) -> None:

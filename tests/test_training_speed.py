@@ -129,7 +129,9 @@ def test_a_frozen_convolution_keeps_no_copy_of_its_input() -> None:
         kept[kind] = sum(sizes), x.grad
     assert kept[nn.Conv2d][0] >= x.numel()
     assert kept[speed.FrozenConv2d][0] < x.numel() / 4
-    torch.testing.assert_close(kept[speed.FrozenConv2d][1], torch.autograd.grad(F.conv2d(x, layer.weight, padding=1).sum(), x)[0])
+    torch.testing.assert_close(
+        kept[speed.FrozenConv2d][1], torch.autograd.grad(F.conv2d(x, layer.weight, padding=1).sum(), x)[0]
+    )
 
 
 def test_timesteps_are_not_rounded_and_weights_of_full_precision_obey_autocast() -> None:

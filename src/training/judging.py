@@ -51,7 +51,7 @@ class Judge:
         self._live_text = LiveText(model.pipeline) if train.train_text_encoder else None
         items = [self._item(example, latents, texts) for example in dataset.held_out]
         self._validation = Validation(items, schedule, seed=train.seed) if items else None
-        draws = bool(train.sample_prompts) and accelerator.is_main_process
+        draws = train.samples and bool(train.sample_prompts) and accelerator.is_main_process
         self._sampler = Sampler(model, train.sample_prompts, train, say) if draws else None
         self._scorer = self._build_scorer() if train.score and self._sampler is not None else None
         self._reported_at = time.monotonic()

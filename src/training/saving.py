@@ -81,7 +81,8 @@ class Saver:
     def _state(self, progress: Progress) -> dict[str, bytes]:
         tensors, text = pack_state(self.optimizer)
         scaler = self.scaler.state_dict() if self.scaler is not None else None
-        numbers = {"progress": asdict(progress), "optimizer": text, "scaler": scaler}
+        has_average = self.average is not None
+        numbers = {"progress": asdict(progress), "optimizer": text, "scaler": scaler, "has_average": has_average}
         contents = {
             ADAPTER: _pack(self.network.trainable()),
             OPTIMIZER: _pack(tensors),
@@ -96,7 +97,7 @@ class Saver:
             numbers = json.loads(checkpoint.read(NUMBERS))
             unpack_state(self.optimizer, safetensors.torch.load(checkpoint.read(OPTIMIZER)), numbers["optimizer"])
             if self.average is not None:
-                begun = AVERAGE in checkpoint.files  # it was not, where --force has turned it on
+                begun = numbers["has_average"]  # where --force has turned it on, it begins here
                 average = safetensors.torch.load(checkpoint.read(AVERAGE if begun else ADAPTER))
                 self.average.tensors = {name: average[name].to(item.device) for name, item in self.average.tensors.items()}
             if self.scaler is not None and numbers["scaler"] is not None:

@@ -20,7 +20,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-CHUNK_NUMBERS = 1 << 21  # scores at once: they stay in the cache of a CPU core
+CHUNK_NUMBERS = 1 << 20  # scores at once: they stay in the cache of a CPU core
 LONG = {torch.bfloat16: 1 << 21}  # scores of one head, from which on they are not kept for the backward pass
 LONG_OTHERWISE = 1 << 18
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
@@ -47,6 +47,8 @@ def exchange_layers(unet: nn.Module, device: torch.device, dtype: torch.dtype) -
             _exchange_adapter(module, device, dtype)
         elif type(module) is nn.Conv2d and not module.weight.requires_grad:
             module.__class__ = FrozenConv2d
+            if device.type == "cpu":
+                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
         elif type(module) is nn.Linear and not module.weight.requires_grad and device.type == "cpu":
             module.__class__ = FrozenLinear
         elif device.type == "cpu" and isinstance(module, Attention) and _is_plain(module):
@@ -213,15 +215,15 @@ class _LongAttention(torch.autograd.Function):
         scale = query.shape[-1] ** -0.5
         for at in _heads(query):
             keys, values = key[at] * scale, value[at].contiguous()
-            columns, sums = keys.t().contiguous(), torch.zeros(2, *key.shape[2:])
+            columns, sums = keys.t().contiguous(), torch.zeros(2, key.shape[3], key.shape[2])
             for rows in _chunks(query, key):
                 part, above = query[at][rows].contiguous(), grad[at][rows].contiguous()
                 weights = _product(part, keys).softmax(-1)
                 slopes = torch._softmax_backward_data(_product(above, values), weights, -1, weights.dtype)
                 grads[0][at][rows] = _product(slopes, columns)
-                sums[0] += _product(slopes.t(), part.t())
-                sums[1] += _product(weights.t(), above.t())
-            grads[1][at], grads[2][at] = sums[0] * scale, sums[1]
+                sums[0] += _product(part.t().contiguous(), slopes.t())  # the large factor as it lies: nothing is copied
+                sums[1] += _product(above.t().contiguous(), weights.t())
+            grads[1][at], grads[2][at] = sums[0].t() * scale, sums[1].t()
         return tuple(grads)
 
 
@@ -264,14 +266,14 @@ def _without_autocast(forward: Any, device_type: str, dtype: torch.dtype) -> Any
     """``forward`` in ``dtype`` alone; its floating-point inputs are cast, timesteps are not."""
 
     def cast(value: Any) -> Any:
-        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        return value.to(dtype) if isinstance(value, Tensor) else value
 
     @functools.wraps(forward)
     def run(sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, *rest: Any, **named: Any) -> Any:
         if named.get("added_cond_kwargs"):
             named["added_cond_kwargs"] = {name: cast(value) for name, value in named["added_cond_kwargs"].items()}
         with torch.autocast(device_type, enabled=False):
-            return forward(cast(sample), timestep, cast(encoder_hidden_states), *rest, **named)
+            return forward(cast(sample), timestep.to(dtype), cast(encoder_hidden_states), *rest, **named)
 
     return run
 

@@ -6,6 +6,7 @@ import hashlib
 import math
 import shlex
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from src.diffusion import NoiseSchedule, check_loss
 from src.errors import ExitCode, UserError, refused, usage_error
 from src.model_shapes import read_shapes
 from src.terminal import Terminal
-from src.train_config import TrainRun
+from src.train_config import TrainRun, learning_rates
 from src.training.batches import Feeder, Trainee
 from src.training.class_images import draw_class_images
 from src.training.engine import autocast_dtype, build_accelerator, size_step_px, total_steps
@@ -50,6 +51,10 @@ class Trainer:
         self.run, self.terminal, self._dataset = run, terminal, dataset
         self.accelerator = build_accelerator(run)
         self.is_main = self.accelerator.is_main_process
+        train = run.train  # what was left open is decided now, and stands so in the checkpoints and the report
+        train.mixed_precision = self.accelerator.mixed_precision
+        train.learning_rate = learning_rates(train)["unet"]
+        train.alpha = float(train.rank) if train.alpha is None else train.alpha
         self.progress = Progress()
         self._checkpoints_gradients = bool(run.train.gradient_checkpointing)
 
@@ -81,7 +86,9 @@ class Trainer:
             self._on_main(judge.before)(self.progress)
         else:
             self._compare(checkpoint, saver.run_facts, force)
-            self.progress = saver.restore(checkpoint)
+            earlier = saver.restore(checkpoint)
+            seconds = Counter(earlier.seconds) + Counter(self.progress.seconds)
+            self.progress = replace(earlier, seconds=dict(seconds))
             job.history.rewind(self.progress.step)
             self.say(f"resume  from {checkpoint.folder}, step {self.progress.step} of {job.total_steps}")
         self._start_progress(job, self.progress.step)
@@ -112,7 +119,9 @@ class Trainer:
         budget_bytes = self._memory_budget()
         with self.progress.timed("load"):
             model = self._load_model()
-        schedule = NoiseSchedule.from_config(model.scheduler_config, zero_terminal_snr=train.zero_terminal_snr)
+        if train.zero_terminal_snr:  # also for the samplers that draw meanwhile
+            model.scheduler_config["rescale_betas_zero_snr"] = True
+        schedule = NoiseSchedule.from_config(model.scheduler_config)
         check_loss(schedule.prediction_type, train.snr_gamma, schedule.has_zero_terminal_snr)
         dataset, priors = self._read_data(model)
         with self.progress.timed("encode"):
@@ -166,6 +175,8 @@ class Trainer:
         )  # fmt: skip
         for note in dataset.notes:
             self.say(f"data    {note}")
+        if dataset.trigger and not train.sample_prompts:
+            train.sample_prompts = (f"a photo of {dataset.trigger}",)
         if train.class_prompt is None:
             return dataset, ()
         # A prompt with {a|b} is another one in each picture, and stands beside it; any other is that of all, whoever made them.
