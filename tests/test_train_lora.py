@@ -39,7 +39,10 @@ def last_error(capsys: pytest.CaptureFixture[str]) -> str:
         ("sd1", ("--targets", "conv", "--dora", "--format", "kohya")),
         ("sd1", ("--train_text_encoder", "--gradient_checkpointing", "--text_encoder_lr", "1e-3", "--alpha", "2")),
         ("sdxl", ("--train_text_encoder", "--format", "kohya", "--rslora")),
-        ("sdxl", ("--targets", "kohya", "--optimizer", "prodigy", "--lr", "1", "--flip", "--batch_size", "2", "--ema_decay", "0.9")),
+        (
+            "sdxl",
+            ("--targets", "kohya", "--optimizer", "prodigy", "--lr", "1", "--flip", "--batch_size", "2", "--ema_decay", "0.9"),
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value)[:30],
 )

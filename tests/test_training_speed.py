@@ -117,6 +117,21 @@ def test_names_and_weights_stay_and_a_second_call_changes_nothing() -> None:
     assert torch.equal(once[1], twice[1])
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_packed_and_ordinary_convolutions_agree_at_every_size(dtype, monkeypatch) -> None:
+    gradients = {}
+    for limit in (0, speed.PACKED_BYTES):
+        monkeypatch.setattr(speed, "PACKED_BYTES", limit)
+        unet, network = adapted("sd1", dtype)
+        speed.prepare_for_speed(unet)
+        packed = [module for module in unet.modules() if isinstance(module, speed.FrozenConv2d) and module.packed is not None]
+        assert bool(packed) == bool(limit)
+        gradients[limit] = [run(unet, network, dtype, size)[1] for size in (8, 16, 4)]
+    assert any(set(module.packed) == {"forward", "backward"} for module in packed)
+    for ordinary, mine in zip(*gradients.values()):
+        assert difference(mine, ordinary) < TOLERANCE[dtype]
+
+
 def test_a_frozen_convolution_keeps_no_copy_of_its_input() -> None:
     layer = nn.Conv2d(8, 8, 3, padding=1).requires_grad_(False)
     kept = {}
@@ -124,7 +139,7 @@ def test_a_frozen_convolution_keeps_no_copy_of_its_input() -> None:
         layer.__class__ = kind
         sizes: list[int] = []
         x = torch.randn(1, 8, 32, 32, requires_grad=True)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: (sizes.append(t.numel()), t)[1], lambda t: t):
             layer(x).sum().backward()
         kept[kind] = sum(sizes), x.grad
     assert kept[nn.Conv2d][0] >= x.numel()

@@ -49,5 +49,7 @@ def _layers_of_bitsandbytes() -> Any:
     try:
         import bitsandbytes
     except ImportError:
-        raise usage_error("--quantize needs the package bitsandbytes; pip install bitsandbytes, or leave --quantize out") from None
+        raise usage_error(
+            "--quantize needs the package bitsandbytes; pip install bitsandbytes, or leave --quantize out"
+        ) from None
     return bitsandbytes.nn

@@ -2,6 +2,16 @@
 
 Layers are exchanged in place by their class: names, weights and `isinstance` stay as they are, so that adapters, merges and
 checkpoints do not notice. What a layer here cannot do (DoRA, dropout, quantised weights) stays with the library.
+
+CPU seconds of one step (forward, backward), one thread of an AMD EPYC (Zen 5) that others used too, torch 2.13, attention
+layers of rank 4; peft's and diffusers' own layers with autocast, then these, and what torch's fused attention costs:
+
+                                     fp32            bf16
+    SD 1.5     512 px, batch 1   18.0    13.9    11.0     7.2
+    SD 1.5     256 px, batch 1    4.35    3.50    2.08    1.87
+    embedded   128 px, batch 4    0.114   0.093   0.117   0.083
+    attention  4096 x 4096, 8 heads of 40, both passes: fused 1.08, these 0.67; bf16 0.89, 0.51
+    attention  256 x 256, 16 heads of 16: fused kernel 4.6 ms (kept in fp32); bf16 9.8, these 3.8 ms
 """
 
 from __future__ import annotations
@@ -23,6 +33,7 @@ HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, 
 CHUNK_NUMBERS = 1 << 20  # scores at once: they stay in the cache of a CPU core
 LONG = {torch.bfloat16: 1 << 21}  # scores of one head, from which on they are not kept for the backward pass
 LONG_OTHERWISE = 1 << 18
+PACKED_BYTES = 1 << 28  # convolutions of up to so many bytes are held three times: as they are, and packed for both directions
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
@@ -42,6 +53,8 @@ def prepare_for_speed(unet: nn.Module) -> None:
 
 def exchange_layers(unet: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """The first part of `prepare_for_speed`: the classes of the layers."""
+    convolutions = [module.weight for module in unet.modules() if isinstance(module, nn.Conv2d)]
+    packs = device.type == "cpu" and sum(weight.nbytes for weight in convolutions) <= PACKED_BYTES
     for module in list(unet.modules()):
         if isinstance(module, LoraLayer):
             _exchange_adapter(module, device, dtype)
@@ -49,6 +62,8 @@ def exchange_layers(unet: nn.Module, device: torch.device, dtype: torch.dtype) -
             module.__class__ = FrozenConv2d
             if device.type == "cpu":
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+            if packs and _can_pack(module):
+                module.packed = {}
         elif type(module) is nn.Linear and not module.weight.requires_grad and device.type == "cpu":
             module.__class__ = FrozenLinear
         elif device.type == "cpu" and isinstance(module, Attention) and _is_plain(module):
@@ -80,10 +95,24 @@ class FrozenLinear(nn.Linear):
 class FrozenConv2d(nn.Conv2d):
     """A convolution that does not learn. Unlike autograd's own it keeps no copy of its input."""
 
+    packed: dict[str, Tensor] | None = None  # weights in the order oneDNN wants them, for both directions; None: never
+
     def forward(self, x: Tensor) -> Tensor:
         if not (_takes(x, self.weight) and torch.is_grad_enabled() and x.requires_grad and self.padding_mode == "zeros"):
             return super().forward(x)
-        return _FrozenConvolution.apply(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return _FrozenConvolution.apply(x, self)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """The layer's output, (B, C, h, w) as its input."""
+        if self.packed is None:
+            return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return _packed_convolution(self, "forward", self.weight, x, self.bias)
+
+    def gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
+        """The gradient of an input of ``shape``, from that of the output."""
+        if self.packed is None or self.stride != (1, 1):
+            return torch.nn.grad.conv2d_input(shape, self.weight, grad, self.stride, self.padding, self.dilation, self.groups)
+        return _packed_convolution(self, "backward", self.weight.flip(2, 3).transpose(0, 1), grad, None)
 
 
 class AdaptedLinear(PeftLinear):
@@ -129,7 +158,7 @@ class CpuAttention:
             return AttnProcessor2_0()(attn, hidden_states, encoder_hidden_states, attention_mask, **arguments)
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         parts = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
-        query, key, value = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in parts)  # (B, H, L or S, d)
+        query, key, value = (part.view(*part.shape[:2], attn.heads, -1).transpose(1, 2) for part in parts)  # (B, H, L or S, d)
         result = attend(query, key, value).transpose(1, 2).flatten(2)
         return attn.to_out[1](attn.to_out[0](result))
 
@@ -159,15 +188,13 @@ class _FrozenProduct(torch.autograd.Function):
 
 class _FrozenConvolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.shape, ctx.settings = x.shape, settings
-        return F.conv2d(x, weight, bias, *settings)
+    def forward(ctx: Any, x: Tensor, layer: FrozenConv2d) -> Tensor:
+        ctx.shape, ctx.layer = x.shape, layer
+        return layer.convolve(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        return torch.nn.grad.conv2d_input(ctx.shape, weight, grad, *ctx.settings), None, None, None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.layer.gradient(grad, ctx.shape), None
 
 
 class _AdaptedProduct(torch.autograd.Function):
@@ -236,9 +263,25 @@ def _chunks(query: Tensor, key: Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, query.shape[2], size)]
 
 
+def _packed_convolution(layer: FrozenConv2d, way: str, weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    """A convolution of stride 1 or the layer's, whose weights are put in oneDNN's order at the first call alone."""
+    assert layer.packed is not None
+    stride = layer.stride if way == "forward" else (1, 1)
+    if way not in layer.packed:
+        options = list(layer.padding), list(stride), [1, 1], 1, list(x.shape)
+        layer.packed[way] = torch._C._nn.mkldnn_reorder_conv2d_weight(weight.contiguous().to_mkldnn(), *options)
+    return torch.ops.mkldnn._convolution_pointwise(x, layer.packed[way], bias, layer.padding, stride, [1, 1], 1, "none", [], "")
+
+
+def _can_pack(layer: nn.Conv2d) -> bool:
+    """Whether both directions are convolutions that keep the size, or the forward one at least: no groups, no dilation."""
+    same = all(2 * padding == size - 1 for padding, size in zip(layer.padding, layer.kernel_size))
+    return HAS_ONEDNN and same and layer.groups == 1 and layer.dilation == (1, 1)
+
+
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x weight^T + bias`` for x (N, inputs). In float32 on a CPU by oneDNN: torch's own MKL is half as fast on AMD's."""
-    if x.dtype == torch.float32 and x.device.type == "cpu" and HAS_ONEDNN:
+    if x.dtype == torch.float32 and x.device.type == "cpu" and HAS_ONEDNN and not torch.compiler.is_compiling():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -266,14 +309,14 @@ def _without_autocast(forward: Any, device_type: str, dtype: torch.dtype) -> Any
     """``forward`` in ``dtype`` alone; its floating-point inputs are cast, timesteps are not."""
 
     def cast(value: Any) -> Any:
-        return value.to(dtype) if isinstance(value, Tensor) else value
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
     @functools.wraps(forward)
     def run(sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, *rest: Any, **named: Any) -> Any:
         if named.get("added_cond_kwargs"):
             named["added_cond_kwargs"] = {name: cast(value) for name, value in named["added_cond_kwargs"].items()}
         with torch.autocast(device_type, enabled=False):
-            return forward(cast(sample), timestep.to(dtype), cast(encoder_hidden_states), *rest, **named)
+            return forward(cast(sample), timestep, cast(encoder_hidden_states), *rest, **named)
 
     return run
 
