@@ -214,8 +214,9 @@ def _find_source(source: str | Path) -> Path:
     preset = PRESETS_FOLDER / f"{source}.yaml"
     if str(source) in preset_names() or (re.fullmatch(r"train/[\w-]+", str(source)) and preset.is_file()):
         return preset
-    close = difflib.get_close_matches(str(source), preset_names(), n=1)
-    hint = f"; did you mean '{close[0]}'?" if close else f"; presets: {', '.join(preset_names())}"
+    names = [*preset_names(), *(f"train/{path.stem}" for path in sorted(PRESETS_FOLDER.glob("train/*.yaml")))]
+    close = difflib.get_close_matches(str(source), names, n=1)
+    hint = f"; did you mean '{close[0]}'?" if close else f"; presets: {', '.join(names)}"
     raise not_found(f"configuration '{source}' is neither a file nor a preset{hint}")
 
 

@@ -32,17 +32,17 @@ class NoiseSchedule:
     prediction_type: str  # epsilon | v_prediction
 
     @classmethod
-    def from_config(cls, scheduler_config: Mapping[str, Any], *, zero_terminal_snr: bool = False) -> NoiseSchedule:
+    def from_config(cls, scheduler_config: Mapping[str, Any]) -> NoiseSchedule:
         """The schedule that a model was trained with, out of its scheduler's configuration.
 
-        ``zero_terminal_snr`` rescales it; a model that says so itself (``rescale_betas_zero_snr``) is rescaled in any case.
+        ``rescale_betas_zero_snr`` in it rescales the schedule to a last timestep of pure noise.
         Raises UserError (refused) for a schedule or prediction type that is not known here.
         """
         prediction_type = scheduler_config.get("prediction_type", EPSILON)
         if prediction_type not in (EPSILON, V_PREDICTION):
             raise refused(f"the model predicts '{prediction_type}'; only {EPSILON} and {V_PREDICTION} models can be trained")
         betas = _betas(scheduler_config)
-        if zero_terminal_snr or scheduler_config.get("rescale_betas_zero_snr"):
+        if scheduler_config.get("rescale_betas_zero_snr"):
             betas = _rescale_to_zero_terminal_snr(betas)
         return cls(torch.cumprod(1 - betas, dim=0), prediction_type)
 

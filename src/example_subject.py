@@ -328,11 +328,16 @@ def main(argv: Sequence[str]) -> int:
     return answer(argv, _run, "interrupted")
 
 
-def _run(argv: Sequence[str], terminal: Terminal) -> int:
-    line = CommandLine(
+def command_line() -> CommandLine:
+    """The flags, as they are read and as --help prints them."""
+    return CommandLine(
         FLAGS, prog="example_subject", usage=USAGE,
         description="The example of make demo-lora: draw its pictures, or judge what an adapter has learnt from them.",
     )  # fmt: skip
+
+
+def _run(argv: Sequence[str], terminal: Terminal) -> int:
+    line = command_line()
     typed = line.parse(argv)
     if "help" in typed:
         print(line.help_text())

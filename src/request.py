@@ -54,7 +54,8 @@ class LoraChoice:
             try:
                 return cls(Path(path), float(weight))
             except ValueError:
-                pass
+                if user_path(path).exists() and not user_path(text).exists():
+                    raise usage_error(f"--lora {text}: the weight '{weight}' is no number; write {path}:0.8") from None
         return cls(Path(text))
 
     @staticmethod

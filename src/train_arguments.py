@@ -21,6 +21,7 @@ from src.train_config import (
     LR_SCHEDULERS,
     MIXED_PRECISIONS,
     OPTIMIZERS,
+    PRIOR_TARGETS,
     QUANTIZATIONS,
     TARGETS,
     TRACKERS,
@@ -54,6 +55,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag(("--class-prompt",), "prior preservation: what the subject is, e.g. \"a photo of a dog\"", "train.class_prompt", metavar="TEXT"),
         Flag(("--class-dir",), "pictures of the class; missing ones are drawn", "train.class_dir", metavar="DIR"),
         Flag(("--num-class-images",), "how many of them", "train.num_class_images", int, "N"),
+        Flag(("--prior-target",), "what they teach: model (what it predicted before) | noise (as other pictures)", "train.prior_target", metavar="WHAT", choices=PRIOR_TARGETS),
     ),
     "model": (
         Flag(("--model", "-m"), f"preset name, hub id, diffusers folder, .safetensors file, or embedded (default: {_DEFAULT_MODEL})", metavar="MODEL"),
@@ -167,6 +169,8 @@ def apply_typed(run: TrainRun, typed: dict[str, Any]) -> None:
     for name, value in typed.items():
         if "." in name:
             set_value(run, name, value)
+    if typed.get("train.class_prompt") == "":
+        run.train.class_prompt = ""  # which is an error, while an empty setting in a file means none
     if "model" in typed:
         run.model.model_id = _model_id(typed["model"])
     run.train.sample_prompts = read_prompts(run.train.sample_prompts)

@@ -21,6 +21,7 @@ FORMATS = ("diffusers", "kohya")
 DEFAULT_STEPS = 1000
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 TRACKERS = ("tensorboard", "wandb")
+PRIOR_TARGETS = ("model", "noise")
 
 
 @dataclass(slots=True)
@@ -40,6 +41,7 @@ class TrainConfig:
     class_dir: str | None = None  # pictures of the class; missing ones are drawn; None: beside the output
     num_class_images: int = 50
     prior_loss_weight: float = 1.0
+    prior_target: str = "model"  # what they teach: model (what it predicted before it learnt) | noise (as all other pictures)
 
     # what learns
     targets: str = "attention"  # attention | kohya (and feed-forward, projections) | conv (and convolutions)
@@ -127,7 +129,7 @@ def check(run: TrainRun) -> None:
     check_machine(run.model)
     for name, known in {
         "targets": TARGETS, "optimizer": OPTIMIZERS, "lr_scheduler": LR_SCHEDULERS, "mixed_precision": MIXED_PRECISIONS,
-        "quantize": QUANTIZATIONS, "format": FORMATS, "tracker": TRACKERS,
+        "quantize": QUANTIZATIONS, "format": FORMATS, "tracker": TRACKERS, "prior_target": PRIOR_TARGETS,
     }.items():  # fmt: skip
         value = getattr(train, name)
         if value is not None and value not in known:

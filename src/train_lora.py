@@ -60,7 +60,9 @@ def _run(argv: Sequence[str], terminal: Terminal) -> int:
         if checkpoint is not None:
             run = _resumed_run(checkpoint, typed)
             if _is_finished(run, checkpoint, store):
-                say(f"{store.root}: all {checkpoint.step} steps are done; --max_steps N trains on to step N")
+                constant = run.train.lr_scheduler == "constant"
+                stretch = "" if constant else " --force, along a learning rate stretched to that,"
+                say(f"{store.root}: all {checkpoint.step} steps are done; --max_steps N{stretch} trains on to step N")
                 return ExitCode.OK
         dataset = _read_early(run)
 
@@ -84,15 +86,21 @@ def _find_checkpoint(store: CheckpointFolder, typed: dict[str, Any]) -> Checkpoi
             f"{store.root}: holds a training already ({newest.folder.name}); --resume goes on with it, "
             "--output_dir names another folder"
         )
+    if left := [name for name in ("final", "best") if os.path.lexists(store.root / name)]:
+        raise usage_error(
+            f"{store.root}: holds an adapter ({' and '.join(left)}) that a new training would replace; --output_dir names "
+            "another folder, or move it away"
+        )
     return None
 
 
 def _resumed_run(checkpoint: Checkpoint, typed: dict[str, Any]) -> TrainRun:
     """The settings of the checkpoint, and over them what was typed now. Raises UserError (usage) naming what differs."""
     before, now = _stored_run(checkpoint), _stored_run(checkpoint)
-    if "train.max_steps" in typed:
+    named = {*typed, *(text.partition("=")[0].strip() for text in typed.get("set", ()))}
+    if "train.max_steps" in named:
         now.train.num_epochs = None
-    if "train.num_epochs" in typed:
+    if "train.num_epochs" in named:
         now.train.max_steps = None
     apply_typed(now, typed)
     free = set(FREE_SETTINGS)

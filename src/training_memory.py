@@ -83,7 +83,8 @@ class TrainingPlan:
     need: TrainingNeed  # with gradient_checkpointing decided
     phases: tuple[Phase, ...]
     budget_bytes: int | None  # None: no limit is known
-    advice: tuple[str, ...] = ()  # where nothing fits: switches that would
+    advice: tuple[str, ...] = ()  # where it does not fit: switches with which it would
+    least: str = ""  # and where there are none: what all of them come to
 
     @property
     def peak_bytes(self) -> int:
@@ -101,7 +102,10 @@ def choose(shapes: ModelShapes, need: TrainingNeed, budget_bytes: int | None, *,
     with ``fits=False`` and advice.
     """
     plan = _smallest_that_fits(shapes, need, budget_bytes, on_card)
-    return plan if plan.fits else replace(plan, advice=tuple(_advice(shapes, need, budget_bytes, on_card)))
+    if plan.fits:
+        return plan
+    advice, least = _advice(shapes, need, budget_bytes, on_card)
+    return replace(plan, advice=tuple(advice), least=least)
 
 
 def describe(plan: TrainingPlan) -> str:
@@ -115,7 +119,9 @@ def describe(plan: TrainingPlan) -> str:
     line = f"{', '.join(decided)}, predicted peak {plan.peak_bytes / GIB:.2f}{of_budget} GiB ({parts})"
     if plan.fits:
         return line
-    return f"{line}; does not fit" + (f", {' or '.join(plan.advice)} would" if plan.advice else "; use a smaller model")
+    if plan.advice:
+        return f"{line}; does not fit, {' or '.join(plan.advice)} would"
+    return f"{line}; does not fit{plan.least}; use a smaller model"
 
 
 @dataclass(frozen=True)
@@ -192,7 +198,7 @@ def _smallest_that_fits(shapes: ModelShapes, need: TrainingNeed, budget_bytes: i
     return plan
 
 
-def _advice(shapes: ModelShapes, need: TrainingNeed, budget_bytes: int | None, on_card: bool) -> Iterator[str]:
+def _advice(shapes: ModelShapes, need: TrainingNeed, budget_bytes: int | None, on_card: bool) -> tuple[list[str], str]:
     """Single switches with which the training would fit; if there are none, what all of them come to."""
     smaller = {"--gradient_checkpointing": {"gradient_checkpointing": None}} if need.gradient_checkpointing is False else {}
     if need.batch_size > 1:
@@ -201,21 +207,20 @@ def _advice(shapes: ModelShapes, need: TrainingNeed, budget_bytes: int | None, o
         smaller |= {f"--quantize {name}": {"quantize": name} for name in QUANTIZED_BYTES}
     if need.text_encoders:
         smaller["no --train_text_encoder"] = {"text_encoders": False}
-    found = False
-    for words, change in smaller.items():
-        if _smallest_that_fits(shapes, replace(need, **change), budget_bytes, on_card).fits:
-            found = True
-            yield words
-    for resolution_px in range(need.resolution_px - RESOLUTION_STEP_PX, 255, -RESOLUTION_STEP_PX):
-        if _smallest_that_fits(shapes, replace(need, resolution_px=resolution_px), budget_bytes, on_card).fits:
-            found = True
-            yield f"--resolution {resolution_px}"
-            break
-    if not found and smaller:
-        least = {name: value for change in smaller.values() for name, value in change.items()}
-        peak = _smallest_that_fits(shapes, replace(need, **least), budget_bytes, on_card).peak_bytes
-        words = [name for name in smaller if not name.startswith("--quantize") or name.endswith("nf4")]
-        yield f"{' and '.join(words)} together come to {peak / GIB:.2f} GiB"
+
+    def fits(change: dict[str, Any]) -> bool:
+        return _smallest_that_fits(shapes, replace(need, **change), budget_bytes, on_card).fits
+
+    found = [words for words, change in smaller.items() if fits(change)]
+    sizes_px = range(need.resolution_px - RESOLUTION_STEP_PX, 255, -RESOLUTION_STEP_PX)
+    found += [f"--resolution {size_px}" for size_px in sizes_px if fits({"resolution_px": size_px})][:1]
+    if found or not smaller:
+        return found, ""
+    least = {name: value for change in smaller.values() for name, value in change.items()}
+    peak = _smallest_that_fits(shapes, replace(need, **least), budget_bytes, on_card).peak_bytes
+    words = [name for name in smaller if not name.startswith("--quantize") or name.endswith("nf4")]
+    verb = "come" if len(words) > 1 else "comes"
+    return [], f" ({' and '.join(words)} {verb} to {peak / GIB:.2f} GiB)"
 
 
 def predict(shapes: ModelShapes, need: TrainingNeed, *, on_card: bool = True) -> tuple[Phase, ...]:
@@ -324,9 +329,8 @@ def frozen_unet_bytes(shapes: ModelShapes, precision: str, quantize: str | None)
 
 def _restored_bytes(unet: Config, need: TrainingNeed) -> int:
     """The largest quantised matrix, in full precision while it is used."""
-    if need.quantize is None:
-        return 0
-    return max(inputs * outputs for inputs, outputs in _matrices(unet)) * ELEMENT_BYTES[need.precision]
+    sizes = () if need.quantize is None else [inputs * outputs for inputs, outputs in _matrices(unet)]
+    return max(sizes, default=0) * ELEMENT_BYTES[need.precision]
 
 
 def _matrices(unet: Config) -> Iterator[tuple[int, int]]:
@@ -371,9 +375,8 @@ def adapter_numbers(shapes: ModelShapes, need: TrainingNeed) -> int:
     sizes = list(_target_sizes(shapes.unet, need.targets))
     if need.text_encoders:
         for name, text in shapes.text_encoders.items():
-            sizes += _text_target_sizes(
-                text, need.targets, unused_last=name == "text_encoder" and len(shapes.text_encoders) > 1
-            )
+            unused_last = name == "text_encoder" and len(shapes.text_encoders) > 1
+            sizes += _text_target_sizes(text, need.targets, unused_last)
     return sum(need.rank * (inputs + outputs) + outputs * need.use_dora for inputs, outputs in sizes)
 
 

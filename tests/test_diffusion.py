@@ -55,7 +55,7 @@ def test_a_samplers_configuration_gives_the_schedule_of_the_training() -> None:
 
 def test_zero_terminal_snr_is_algorithm_1() -> None:
     plain = NoiseSchedule.from_config(SD)
-    mine = NoiseSchedule.from_config(SD, zero_terminal_snr=True)
+    mine = NoiseSchedule.from_config(SD | {"rescale_betas_zero_snr": True})
     expected = torch.cumprod(1 - rescale_zero_terminal_snr(DDPMScheduler(**SD).betas), dim=0)
     assert torch.equal(mine.alphas_cumprod, expected)
     assert mine.alphas_cumprod[-1] == 0
@@ -99,7 +99,7 @@ def test_epsilon_and_zero_terminal_snr_exclude_each_other(snr_gamma: float | Non
 def test_noisy_latents_and_velocity_are_those_of_diffusers(zero_terminal_snr: bool) -> None:
     config = SD | {"prediction_type": "v_prediction"}
     expected = DDPMScheduler(**config, rescale_betas_zero_snr=zero_terminal_snr)
-    mine = NoiseSchedule.from_config(config, zero_terminal_snr=zero_terminal_snr)
+    mine = NoiseSchedule.from_config(config | {"rescale_betas_zero_snr": zero_terminal_snr})
     latents, noise, timesteps = tensors()
     assert torch.equal(diffusion.add_noise(mine, latents, noise, timesteps), expected.add_noise(latents, noise, timesteps))
     assert torch.equal(diffusion.target(mine, latents, noise, timesteps), expected.get_velocity(latents, noise, timesteps))
@@ -156,7 +156,7 @@ def test_min_snr_means_the_same_for_both_targets(prediction_type: str) -> None:
 
 
 def test_weights_are_ones_without_gamma_and_finite_at_zero_snr() -> None:
-    schedule = NoiseSchedule.from_config(SD | {"prediction_type": "v_prediction"}, zero_terminal_snr=True)
+    schedule = NoiseSchedule.from_config(SD | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True})
     timesteps = torch.tensor([0, 500, 999])
     assert torch.equal(diffusion.loss_weights(schedule, timesteps, None), torch.ones(3))
     assert diffusion.loss_weights(schedule, timesteps, 5.0)[-1] == 0

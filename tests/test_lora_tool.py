@@ -183,7 +183,7 @@ WRONG = {
     "resize dog --rank x --output OUT/y": (2, "expected a whole number"),
     "resize dora --rank 2 --output OUT/y": (6, "is a DoRA"),
     "merge dog sd1 --family SD1 --output OUT/y": (6, "is for SDXL, not SD1"),
-    "merge dog:x --output OUT/y": (4, "not found"),
+    "merge dog:x --output OUT/y": (2, "the weight 'x' is no number"),
     "merge bare.safetensors --output OUT/y": (2, "does not tell which family it is for"),
 }
 

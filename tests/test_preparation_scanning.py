@@ -70,6 +70,7 @@ def test_what_is_no_regular_file_is_listed_and_never_opened(tmp_path):
     )
     assert found["pipe.png"][1] == "a pipe"
     assert "link" in found["link.png"][1]
+    assert {skip.source for skip in scan(tmp_path).skipped if skip.is_picture} == found.keys() - {"loop"}
 
 
 def test_a_folder_that_cannot_be_opened_is_listed(tmp_path, monkeypatch):
@@ -82,7 +83,7 @@ def test_a_folder_that_cannot_be_opened_is_listed(tmp_path, monkeypatch):
         return real(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    assert kinds(tmp_path) == {"closed": ("not a file", "a folder that cannot be opened (Permission denied)")}
+    assert kinds(tmp_path) == {"closed": ("unreadable", "a folder that cannot be opened (Permission denied)")}
 
 
 def test_no_folder_is_too_deep(tmp_path):

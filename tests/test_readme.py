@@ -2,11 +2,12 @@
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from src import cli, prepare_dataset, train_arguments
+from src import cli, example_subject, orders, prepare_dataset, train_arguments
 from src.arguments import build_config, parse_arguments
 
 ROOT = Path(__file__).parent.parent
@@ -73,8 +74,24 @@ def test_preparing_commands_parse_and_their_settings_exist(command: str) -> None
 
 
 def test_make_targets_exist() -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     assert {line.split()[1] for line in LINES if line.startswith("make ")} <= targets
+
+
+def test_the_example_of_training_is_made_of_commands_that_parse(monkeypatch) -> None:
+    """``make demo-lora``; and what it shows to be kept is what its settings ask to be kept."""
+    monkeypatch.chdir(ROOT)
+    shown = subprocess.run(["make", "--dry-run", "demo-lora"], capture_output=True, text=True, check=True).stdout
+    commands = [shlex.split(line.partition("python ")[2]) for line in shown.splitlines() if "/python " in line]
+    typed = {words[1] if words[0] == "-m" else words[0]: words for words in reversed(commands)}
+    train = train_arguments.build_run(train_arguments.parse_arguments(typed["src.train_lora"][2:])).train
+    assert prepare_dataset.command_line().parse(typed["src.prepare_dataset"][2:])
+    assert example_subject.command_line().parse(typed["src.example_subject"][2:])
+    drawing = parse_arguments(typed["main.py"][1:])
+    subject, others = (job.request for job in orders.read_jobs(drawing, build_config(drawing), print))
+    assert "yellow" in subject.prompt
+    assert train.sample_prompts[0] == "a gelato on a yellow background"
+    assert (subject.num_images, others.prompt) == (10, train.class_prompt)
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:

@@ -109,6 +109,13 @@ def test_an_adapters_weight_is_a_number(weight: Any) -> None:
         LoraChoice(Path("a"), weight)
 
 
+def test_a_weight_that_is_no_number_is_named(tmp_path: Path) -> None:
+    (tmp_path / "final").mkdir()
+    with pytest.raises(UserError, match="the weight 'strong' is no number"):
+        LoraChoice.parse(f"{tmp_path / 'final'}:strong")
+    assert LoraChoice.parse(f"{tmp_path / 'other'}:strong").weight == 1.0  # a path that is not there is named as a path
+
+
 @pytest.mark.parametrize("text", ["", "  "])
 def test_an_empty_adapter_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="--lora is empty"):

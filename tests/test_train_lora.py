@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 from src import base_models, devices, train_lora
 from src.config import AppConfig
@@ -101,7 +103,7 @@ def test_changed_pictures_are_named(models: dict[str, Path], tmp_path: Path, cap
     data = training.photos(tmp_path / "data")
     assert training.run(data, models["sd1"], tmp_path / "out", "--max_steps", "2") == 0
     (data / "0000.txt").write_text("another caption")
-    assert training.resume(data, tmp_path / "out", "--max_steps", "3") == ExitCode.USAGE
+    assert training.resume(data, tmp_path / "out", "--max_steps", "4") == ExitCode.USAGE
     assert "the pictures or captions changed" in last_error(capsys)
     assert training.resume(data, tmp_path / "out", "--max_steps", "3", "--force") == 0
 
@@ -114,6 +116,50 @@ def test_a_folder_with_a_training_is_not_written_over(data: Path, models: dict[s
     assert training.equal(before, training.state(tmp_path / "out" / "checkpoint-1"))
     assert training.resume(data, tmp_path / "out") == ExitCode.OK
     assert "all 1 steps are done" in last_error(capsys)
+
+
+def test_an_adapter_without_its_checkpoints_is_not_written_over(
+    data: Path, models: dict[str, Path], tmp_path: Path, capsys
+) -> None:
+    output = tmp_path / "out"
+    assert training.run(data, models["sd1"], output, "--max_steps", "1", "--lr_scheduler", "cosine") == 0
+    capsys.readouterr()
+    assert training.resume(data, output) == ExitCode.OK
+    assert "--max_steps N --force" in last_error(capsys)
+    shutil.rmtree(output / "checkpoint-1")
+    before = (output / "final" / "manifest.json").read_bytes()
+    assert training.run(data, models["sd1"], output, "--max_steps", "1", "--seed", "9") == ExitCode.USAGE
+    assert "holds an adapter (final and best)" in last_error(capsys)
+    assert (output / "final" / "manifest.json").read_bytes() == before
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_said_before_the_first_step(
+    data: Path, models: dict[str, Path], tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: (2**30, 2**30, 1000))
+    assert training.run(data, models["sd1"], tmp_path / "out", "--max_steps", "1") == ExitCode.FAILURE
+    assert "free some space" in last_error(capsys)
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_without_a_trigger_the_commonest_caption_is_drawn(models: dict[str, Path], tmp_path: Path, capsys) -> None:
+    """kohya's folders: visits and prompt are read from their names, and stand in the headers that A1111 shows."""
+    training.photos(tmp_path / "data" / "3_sks dog", 2)
+    for text in (tmp_path / "data").rglob("*.txt"):
+        text.unlink()
+    training.photos(tmp_path / "data" / "1_dog", 1)
+    arguments = ("--max_steps", "1", "--format", "kohya", "--set", "train.sample_inference_steps=1")
+    assert training.run(tmp_path / "data", models["sd1"], tmp_path / "out", *arguments) == 0
+    assert "draw    python main.py 'sks dog' --lora" in last_error(capsys)
+    (file,) = set((tmp_path / "out" / "final").glob("*.safetensors")) - {
+        tmp_path / "out/final/pytorch_lora_weights.safetensors"
+    }
+    with safe_open(file, "pt") as opened:
+        facts = opened.metadata()
+    assert json.loads(facts["ss_dataset_dirs"]) == {
+        "3_sks dog": {"n_repeats": 3, "img_count": 2}, "1_dog": {"n_repeats": 1, "img_count": 1}
+    }  # fmt: skip
+    assert facts["ss_num_train_images"] == "7"
 
 
 def test_old_checkpoints_go_and_the_best_stays(data: Path, models: dict[str, Path], tmp_path: Path) -> None:
@@ -137,9 +183,13 @@ def test_the_class_is_drawn_by_the_model_and_trained_beside(
     assert len(drawn) == 3
     assert {path.with_suffix(".txt").read_text() for path in drawn} <= {"a red thing", "a green thing"}
     assert "4 pictures, 3 of the class" in capsys.readouterr().err
-    drawn[0].with_suffix(".txt").write_text("a blue thing")
+    before = drawn[0].read_bytes()
+    drawn[0].unlink()
+    assert training.resume(data, tmp_path / "out", "--max_steps", "3") == 0
+    assert drawn[0].read_bytes() == before
     assert training.resume(data, tmp_path / "out", "--max_steps", "3") == ExitCode.USAGE
-    assert "the pictures or captions changed" in last_error(capsys)
+    drawn[0].with_suffix(".txt").write_text("a blue thing")
+    assert training.resume(data, tmp_path / "out", "--max_steps", "4") == ExitCode.USAGE
 
 
 def test_settings_come_from_a_file_and_end_in_the_checkpoint(data: Path, models: dict[str, Path], tmp_path: Path) -> None:
@@ -159,6 +209,8 @@ def test_settings_come_from_a_file_and_end_in_the_checkpoint(data: Path, models:
     ("arguments", "code", "expected"),
     [
         (("--rank", "0"), 2, "rank 0 is outside 1 to 1024"),
+        (("--class_prompt", ""), 2, "--class_prompt is empty"),
+        (("--max_steps", "5", "--config", "train/sd15-4g"), 4, "did you mean 'train/sd15-4gb'?"),
         (("--resolution", "500"), 2, "nearest: 496 or 504"),
         (("--lr", "fast"), 2, "--lr fast: expected a number"),
         (("--optimizer", "adam"), 2, "choose adamw, adamw8bit"),

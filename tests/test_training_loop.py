@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,17 +39,18 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return training.model(tmp_path_factory.mktemp("model") / "tiny-sd1")
 
 
-def feeder_of(pipeline, data: Path, cache: Path, train: TrainConfig) -> Feeder:
+def feeder_of(pipeline, data: Path, cache: Path, train: TrainConfig, subjects: int | None = None) -> Feeder:
     found = datasets.read_dataset(data, 64, step_px=16, buckets=False, validation_every=0)
     latents = LatentCache(pipeline.vae, cache, vae_id="tiny", device="cpu", say=print)
     texts = TextCache(pipeline, cache, encoder_id="tiny", device="cpu", say=print)
     latents.encode(found.train, train.flip, lambda done, total: None)
     texts.encode([caption for example in found.train for caption in example.captions])
     is_sdxl = hasattr(pipeline, "text_encoder_2")
-    return Feeder(found, (), latents, texts, train, timestep_count=1000, is_sdxl=is_sdxl)
+    subject, priors = found.train[:subjects], found.train[subjects:] if subjects else ()
+    return Feeder(replace(found, train=subject), priors, latents, texts, train, timestep_count=1000, is_sdxl=is_sdxl)
 
 
-def by_hand(pipeline, weights: dict[str, Tensor], batch, captions: tuple[str, ...], kind: str, gamma: float | None) -> Tensor:
+def by_hand(pipeline, weights: dict[str, Tensor], batch, kind: str, gamma: float | None) -> Tensor:
     """The loss as the papers write it, with diffusers' scheduler and pipelines, and merged weights."""
     scheduler = DDPMScheduler(**DDPM, prediction_type=kind)
     noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
@@ -56,12 +58,17 @@ def by_hand(pipeline, weights: dict[str, Tensor], batch, captions: tuple[str, ..
     if kind == "v_prediction":
         target = scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
     added = None
+    captions = batch.captions
     with torch.no_grad():
         if hasattr(pipeline, "text_encoder_2"):
             tokens, _, pooled, _ = pipeline.encode_prompt(list(captions), do_classifier_free_guidance=False, device="cpu")
             added = {"text_embeds": pooled, "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * len(captions))}
         else:
             tokens, _ = pipeline.encode_prompt(list(captions), "cpu", 1, False)
+        for row in batch.preserved:
+            one = {"added_cond_kwargs": added and {name: value[row : row + 1] for name, value in added.items()}}
+            target = target.clone()
+            target[row] = pipeline.unet(noisy[row : row + 1], batch.timesteps[row], tokens[row : row + 1], **one).sample[0]
     prediction = torch.func.functional_call(
         pipeline.unet, weights, (noisy, batch.timesteps, tokens), {"added_cond_kwargs": added}
     ).sample
@@ -73,11 +80,12 @@ def by_hand(pipeline, weights: dict[str, Tensor], batch, captions: tuple[str, ..
     return (F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3)) * weight).mean()
 
 
+@pytest.mark.parametrize("preserved", [(), (1,)])
 @pytest.mark.parametrize("gamma", [None, 5.0])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_loss_and_gradients_of_a_step_are_those_computed_by_hand(
-    family: str, kind: str, gamma: float | None, data: Path, tmp_path: Path
+    family: str, kind: str, gamma: float | None, preserved: tuple[int, ...], data: Path, tmp_path: Path
 ) -> None:
     train = TrainConfig(batch_size=2, snr_gamma=gamma, caption_dropout=0, alpha=8.0)
     pipeline, reference = (getattr(pipelines, family)() for _ in range(2))
@@ -94,15 +102,32 @@ def test_loss_and_gradients_of_a_step_are_those_computed_by_hand(
         down, up = leaves[f"unet.{module}.down"], leaves[f"unet.{module}.up"]
         weights[f"{module}.weight"] = reference.unet.get_submodule(module).weight + (8.0 / 4) * up @ down
 
-    batch = feeder.batch(1)
-    mine = batch_loss(Trainee(pipeline.unet), batch, NoiseSchedule.from_config(DDPM | {"prediction_type": kind}), gamma)
-    theirs = by_hand(reference, weights, batch, batch.captions, kind, gamma)
+    batch = replace(feeder.batch(1), preserved=preserved)
+    schedule = NoiseSchedule.from_config(DDPM | {"prediction_type": kind})
+    mine = batch_loss(Trainee(pipeline.unet), batch, schedule, gamma, network.taken_off)
+    theirs = by_hand(reference, weights, batch, kind, gamma)
     torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
     mine.backward()
     theirs.backward()
     for name, parameter in network.trainable().items():
         torch.testing.assert_close(parameter.grad, leaves[name].grad, atol=1e-5, rtol=1e-3)
     assert any(parameter.grad.abs().max() > 1e-4 for parameter in network.trainable().values())
+
+
+def test_pictures_of_the_class_and_empty_captions_are_preserved_beside_a_class(data: Path, tmp_path: Path) -> None:
+    train = TrainConfig(batch_size=3, caption_dropout=0.4)
+    for other, subjects in ((replace(train, prior_target="noise"), 2), (train, None)):
+        feeder = feeder_of(pipelines.sd1(), data, tmp_path, other, subjects)
+        assert not any(feeder.batch(index).preserved for index in range(20))
+    feeder = feeder_of(pipelines.sd1(), data, tmp_path, train, subjects=2)
+    kinds = set()
+    for index in range(20):
+        batch = feeder.batch(index)
+        for row, draw in enumerate(feeder.order.batch(index)):
+            is_prior, is_empty = draw.example >= 2, batch.captions[row] == ""
+            assert (row in batch.preserved) == (is_prior or is_empty)
+            kinds.add((is_prior, is_empty))
+    assert len(kinds) == 4
 
 
 def test_a_dropped_caption_gives_every_tensor_a_gradient_of_zero() -> None:

@@ -189,7 +189,9 @@ def test_what_does_not_fit_says_which_switch_would() -> None:
     assert "--batch_size 1" in batch.advice
     hopeless = choose(shapes, TrainingNeed(1024, batch_size=4), GIB)
     assert not hopeless.fits
-    assert "together come to" in hopeless.advice[-1]
+    assert "does not fit (--batch_size 1 and --quantize nf4 come to" in describe(hopeless)
+    single = choose(shapes, TrainingNeed(256), GIB)
+    assert "does not fit (--quantize nf4 comes to" in describe(single)
 
 
 @pytest.mark.parametrize(

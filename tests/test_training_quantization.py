@@ -12,7 +12,7 @@ from src.errors import ExitCode, UserError
 from src.model_shapes import bundled_shapes
 from src.train_config import TrainConfig
 from src.training.network import LoraNetwork
-from src.training.quantization import quantize_unet
+from src.training.quantization import NF4_BLOCK, quantize_unet
 from src.training.speed import prepare_for_speed
 from src.training_memory import frozen_unet_bytes
 from tests.tiny import pipelines
@@ -79,6 +79,15 @@ def test_matrices_shrink_and_the_rest_does_not(kind) -> None:
     kinds = {type(module).__name__ for module in unet.modules() if isinstance(module, nn.Linear)}
     assert kinds == {"Linear8bitLt" if kind == "int8" else "Linear4bit"}
     assert unet.conv_in.weight.dtype == torch.bfloat16
+
+
+def test_nf4_leaves_rows_that_its_blocks_do_not_fit() -> None:
+    pytest.importorskip("bitsandbytes")
+    net = nn.Sequential(nn.Linear(NF4_BLOCK, 48), nn.Linear(48, 8))
+    quantize_unet(net, "nf4")
+    net.to("cpu")
+    assert [type(layer).__name__ for layer in net] == ["Linear4bit", "Linear"]
+    assert net(torch.ones(1, NF4_BLOCK)).shape == (1, 8)
 
 
 def test_without_the_package_it_is_one_line(monkeypatch) -> None:

@@ -136,7 +136,7 @@ def test_a_new_process_goes_on_through_the_door(folder, family):
 KNOWN = {
     "model.device": "cpu", "model.precision": "fp32", "train.targets": "kohya", "train.optimizer": "prodigy",
     "train.lr_scheduler": "cosine", "train.mixed_precision": "no", "train.quantize": "int8", "train.format": "kohya",
-    "train.tracker": "tensorboard", "train.ema_decay": 0.5, "train.gradient_checkpointing": True, "train.learning_rate": 0.5,
+    "train.tracker": "tensorboard", "train.prior_target": "noise", "train.ema_decay": 0.5, "train.gradient_checkpointing": True, "train.learning_rate": 0.5,
     "train.text_encoder_learning_rate": 0.5, "train.text_encoder_2_learning_rate": 0.5,
 }  # fmt: skip
 

@@ -158,6 +158,13 @@ def test_timesteps_are_not_rounded_and_weights_of_full_precision_obey_autocast()
     with torch.no_grad():
         unet(torch.randn(1, 4, 8, 8), torch.tensor([999]), text)
     assert seen["timestep"].tolist() == [999]
+    sdxl, _ = adapted("sdxl", torch.bfloat16)
+    speed.prepare_for_speed(sdxl)
+    sdxl.add_time_proj.register_forward_hook(lambda module, inputs, output: seen.update(sizes=inputs[0]))
+    added = {"text_embeds": torch.randn(1, 40), "time_ids": torch.tensor([[1333.0, 2001.0, 3.0, 301.0, 1024.0, 1024.0]])}
+    with torch.no_grad():
+        sdxl(torch.randn(1, 4, 8, 8), torch.tensor([999]), torch.randn(1, 77, 64), added_cond_kwargs=added)
+    assert seen["sizes"].tolist() == added["time_ids"].flatten().tolist()
     full, _ = adapted("sd1", torch.float32)
     speed.prepare_for_speed(full)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

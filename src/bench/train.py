@@ -50,7 +50,7 @@ def run(folder: Path, *, full: bool, script: Path | None) -> Iterator[str]:
     from src.model_files import EMBEDDED
 
     yield f"reference: {script or 'the loop of train_text_to_image_lora.py'}; median of {ROUNDS} rounds in turn"
-    sizes = [("embedded", str(EMBEDDED), 128, 4, 12), ("embedded", str(EMBEDDED), 128, 1, 24)]
+    sizes = [("embedded", str(EMBEDDED), 128, 8, 10), ("embedded", str(EMBEDDED), 128, 1, 24)]
     if full:
         sizes = [("SD v1.5's shapes, random weights", str(write_random_model(folder / "model")), 512, 1, 5)]
     for title, model, size_px, batch_size, steps in sizes:

@@ -37,7 +37,9 @@ class Skip:
 
     @property
     def is_picture(self) -> bool:
-        return self.kind not in ("not a picture", "not a file", "unused caption", "mask without picture", "unreadable mask")
+        if self.kind == "not a file":  # a link, say
+            return Path(self.source).suffix.lower() in PICTURE_SUFFIXES
+        return self.kind not in ("not a picture", "unused caption", "mask without picture", "unreadable mask")
 
 
 @dataclass(slots=True)
@@ -95,7 +97,7 @@ def _walk(root: Path, skipped: list[Skip]) -> list[tuple[str, os.stat_result | N
                     else:
                         found.append((name, status))
         except OSError as error:
-            skipped.append(Skip(folder or ".", "not a file", f"a folder that cannot be opened ({error.strerror})"))
+            skipped.append(Skip(folder or ".", "unreadable", f"a folder that cannot be opened ({error.strerror})"))
     return found
 
 

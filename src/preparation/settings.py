@@ -61,7 +61,8 @@ class PrepareConfig:
 
     def next_command(self) -> str:
         """What to type to train on the result."""
-        return f"python -m src.train_lora --dataset_dir {shlex.quote(str(self.dst))} --resolution {self.size}"
+        square = "" if self.buckets or self.size % BUCKET_STEP_PX == 0 else " --no-buckets"
+        return f"python -m src.train_lora --dataset_dir {shlex.quote(str(self.dst))} --resolution {self.size}{square}"
 
 
 @dataclass(slots=True)

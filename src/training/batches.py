@@ -9,7 +9,7 @@ Letters: B examples, h and w latent size, L tokens, D their width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ class Batch:
     time_ids: Tensor | None
     captions: tuple[str, ...]
     chunks: int  # windows of the text encoder that the longest caption fills
+    preserved: tuple[int, ...] = ()  # rows whose target is what the model predicted before it learnt
 
     def to(self, device: torch.device) -> Batch:
         moved = {
@@ -52,7 +53,13 @@ class Batch:
             for item in fields(self)
             if isinstance(value := getattr(self, item.name), Tensor)
         }
-        return Batch(**{item.name: getattr(self, item.name) for item in fields(self)} | moved)
+        return replace(self, **moved)
+
+    def rows(self, chosen: Sequence[int]) -> Batch:
+        """Some of the examples."""
+        index = torch.tensor(chosen, device=self.latents.device)
+        tensors = {item.name: value[index] for item in fields(self) if isinstance(value := getattr(self, item.name), Tensor)}
+        return replace(self, captions=tuple(self.captions[row] for row in chosen), preserved=(), **tensors)
 
 
 def predict(unet: nn.Module, noisy: Tensor, timesteps: Tensor, text: TextInput) -> Tensor:
@@ -101,6 +108,8 @@ class Feeder:
         self._timestep_count, self._live_text, self._is_sdxl = timestep_count, live_text, is_sdxl
         self._chunks = [max(map(texts.chunks, example.captions)) for example in self.examples]
         self._batch_size = train.batch_size
+        self._preserves = bool(priors) and train.prior_target == "model"
+        self._subjects = len(dataset.train)
         self._masks: dict[tuple[int, bool], Tensor] = {}
         self.order = Order(
             [(example.size_px, chunks) for example, chunks in zip(self.examples, self._chunks)],
@@ -133,7 +142,14 @@ class Feeder:
             time_ids=torch.stack([time_ids(example) for example in examples]) if self._is_sdxl else None,
             captions=captions,
             chunks=chunks,
+            preserved=self._preserved(draws),
         )  # fmt: skip
+
+    def _preserved(self, draws: Sequence[Draw]) -> tuple[int, ...]:
+        """Pictures of the class, and any without caption: the subject must not become what stands for nothing."""
+        if not self._preserves:
+            return ()
+        return tuple(row for row, draw in enumerate(draws) if draw.example >= self._subjects or draw.caption < 0)
 
     def _sample_latents(self, draw: Draw) -> Tensor:
         """A sample of the VAE's posterior (4, h, w): another one each time, as if the picture were encoded anew."""

@@ -6,6 +6,8 @@ while "sks dog" is learnt.
 
 from __future__ import annotations
 
+import itertools
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,29 +17,37 @@ from src.images import PICTURE_SUFFIXES
 from src.request import PictureRequest
 from src.train_config import TrainRun
 
+STEM = "class"  # of a picture's name; its number follows
 FIRST_SEED = 1_000_000  # away from the small seeds that people draw with
 
 
 def draw_class_images(run: TrainRun, folder: Path, say: Callable[[str], None]) -> None:
     """Fill ``folder`` up to ``num_class_images`` pictures of ``class_prompt``, each with its prompt as caption beside it.
 
-    Pictures that are there count, whoever made them. Wildcards such as {red|green} are filled in by the picture's seed, and
-    stand filled in its caption.
+    Pictures that are there count, whoever made them. The number in a name decides over the picture, so that one that got
+    lost comes back as it was. Wildcards such as {red|green} are filled in by the picture's seed, and stand filled in its
+    caption. Raises what drawing and saving raise.
     """
     train = run.train
     files.check_writable_folder(folder)
-    there = sum(path.suffix.lower() in PICTURE_SUFFIXES for path in folder.iterdir())
-    missing = train.num_class_images - there
-    if missing <= 0:
+    there = {path.name for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES}
+    free = (number for number in itertools.count() if f"{STEM}_{number:03d}.png" not in there)
+    missing = list(itertools.islice(free, max(0, train.num_class_images - len(there))))
+    if not missing:
         return
-    say(f"class   drawing {missing} pictures of '{train.class_prompt}' into {folder}")
+    prompt = textwrap.shorten(str(train.class_prompt), 80, placeholder=" ...")
+    say(f"class   drawing {len(missing)} pictures of '{prompt}' into {folder}")
     generator = TextToImageGenerator(run.app_config())
-    request = PictureRequest.from_config(
-        generator.config.generation, train.class_prompt, num_images=missing, seed=FIRST_SEED + there,
-        num_inference_steps=train.sample_inference_steps, guidance_scale=train.sample_guidance_scale,
-        width=train.resolution, height=train.resolution,
-    )  # fmt: skip
-    for picture in generator.draw(request):
-        path = images.save_picture(picture, folder, "class", there)
-        files.publish_bytes(path.with_suffix(".txt"), picture.info["drawn"].prompt.encode())
+    for _, group in itertools.groupby(enumerate(missing), key=lambda entry: entry[1] - entry[0]):
+        numbers = [number for _, number in group]  # consecutive ones
+        request = PictureRequest.from_config(
+            generator.config.generation, train.class_prompt, num_images=len(numbers), seed=FIRST_SEED + numbers[0],
+            num_inference_steps=train.sample_inference_steps, guidance_scale=train.sample_guidance_scale,
+            width=train.resolution, height=train.resolution, batch_size=train.batch_size,
+        )  # fmt: skip
+        for number, picture in zip(numbers, generator.draw(request)):
+            prompt = picture.info["drawn"].prompt
+            picture.info.clear()  # a recipe tells of the batch; one drawn again shall be the same file, for a resume's sake
+            path = images.save_picture(picture, folder, STEM, number)
+            files.publish_bytes(path.with_suffix(".txt"), prompt.encode())
     generator.unload()

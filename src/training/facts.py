@@ -40,14 +40,17 @@ def adapter_facts(run: TrainRun, model: LoadedModel, dataset: Dataset) -> Adapte
 
 def _kohya_facts(dataset: Dataset) -> dict[str, str]:
     """What A1111 shows of the pictures, and proposes prompts from: how often each comma-separated part of a caption occurs."""
+    folders: dict[str, dict[str, int]] = {}
+    for example in dataset.train:
+        folder = folders.setdefault(example.path.resolve().parent.name, {"n_repeats": example.repeats, "img_count": 0})
+        folder["img_count"] += 1
     name = dataset.folder.resolve().name
     captions = [caption for example in dataset.train for caption in example.captions]
     tags = Counter(tag.strip() for caption in captions for tag in caption.split(",") if tag.strip())
-    folders = {name: {"n_repeats": 1, "img_count": len(dataset.train)}}
     return {
         "ss_tag_frequency": json.dumps({name: dict(tags.most_common(MAX_TAGS))}, ensure_ascii=False),
         "ss_dataset_dirs": json.dumps(folders, ensure_ascii=False),
-        "ss_num_train_images": str(len(dataset.train)),
+        "ss_num_train_images": str(sum(example.repeats for example in dataset.train)),
     }
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from src import denoising, diffusion
+from src import denoising
 from src.dataset import Example, load_picture
 from src.errors import UserError, refused
 from src.files import sha256_of
@@ -35,10 +35,6 @@ class Latents:
 
     mean: torch.Tensor  # (4, h, w)
     std: torch.Tensor  # (4, h, w), not negative
-
-    def sample(self, key: int) -> torch.Tensor:
-        """The latents (4, h, w) that belong to a draw's key."""
-        return diffusion.draw_latents(key, self.mean, self.std)
 
 
 class LatentCache:

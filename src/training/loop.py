@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,7 +89,8 @@ def train(job: Job, progress: Progress, stop: Interruption) -> None:
                     job.average.update(trainable, progress.step)
             else:
                 _count_skipped(job, progress, loss)
-        rate = job.optimizer.param_groups[0]["lr"]
+        group = job.optimizer.param_groups[0]
+        rate = group["lr"] * group.get("d", 1.0)  # d: what Prodigy found
         if losses and (progress.step % HISTORY_STEPS == 0 or progress.step == job.total_steps):
             job.history.add("train", progress.step, loss=sum(losses) / len(losses), lr=rate, grad_norm=grad_norm)
             losses = []
@@ -114,16 +115,30 @@ def _gather_gradients(job: Job, step: int) -> float:
         torch.manual_seed(subkey(job.train.seed, f"dropout {index} {job.accelerator.process_index}"))
         is_last = micro == count - 1
         with nullcontext() if is_last else job.accelerator.no_sync(job.trainee):
-            loss = batch_loss(job.trainee, batch, job.schedule, job.train.snr_gamma) / count
+            loss = batch_loss(job.trainee, batch, job.schedule, job.train.snr_gamma, job.network.taken_off) / count
             job.accelerator.backward(loss)
         total += loss.detach()
     return float(job.accelerator.reduce(total, "mean"))
 
 
-def batch_loss(trainee: Trainee, batch: Batch, schedule: NoiseSchedule, snr_gamma: float | None) -> Tensor:
-    """The mean over the batch of w(t) * ||prediction - target||^2 (Ho et al. 2020, eq. 14; w: Hang et al. 2023)."""
+def batch_loss(
+    trainee: Trainee,
+    batch: Batch,
+    schedule: NoiseSchedule,
+    snr_gamma: float | None,
+    taken_off: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Tensor:
+    """The mean over the batch of w(t) * ||prediction - target||^2 (Ho et al. 2020, eq. 14; w: Hang et al. 2023).
+
+    ``taken_off``: takes the adapter off the trainee, for the targets of ``batch.preserved``.
+    """
     noisy = diffusion.add_noise(schedule, batch.latents, batch.noise, batch.timesteps)  # (B, 4, h, w)
     target = diffusion.target(schedule, batch.latents, batch.noise, batch.timesteps)  # (B, 4, h, w): noise or velocity
+    if batch.preserved:
+        rows = torch.tensor(batch.preserved, device=noisy.device)
+        with torch.no_grad(), taken_off():
+            before = trainee(noisy[rows], batch.rows(batch.preserved))
+        target = target.index_copy(0, rows, before.to(target.dtype))
     weights = diffusion.loss_weights(schedule, batch.timesteps, snr_gamma) * batch.weights  # (B,)
     prediction = trainee(noisy, batch)  # (B, 4, h, w)
     return diffusion.weighted_loss(prediction, target, weights, batch.mask).mean()

@@ -15,6 +15,8 @@ from torch import nn
 
 from src.errors import usage_error
 
+NF4_BLOCK = 64  # numbers that share a scale; bitsandbytes takes no rows that end within one
+
 
 def quantize_unet(unet: nn.Module, kind: str) -> None:
     """Replace every linear layer of a frozen U-Net by its ``"int8"`` or ``"nf4"`` form, in place, before it gets an adapter.
@@ -26,7 +28,7 @@ def quantize_unet(unet: nn.Module, kind: str) -> None:
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line for every layer that is not in fp16
     for parent in list(unet.modules()):
         for name, layer in list(parent.named_children()):
-            if type(layer) is nn.Linear:
+            if type(layer) is nn.Linear and not (kind == "nf4" and layer.in_features % NF4_BLOCK):
                 setattr(parent, name, _quantized(layers, layer, kind))
 
 

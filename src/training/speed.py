@@ -106,13 +106,13 @@ class FrozenConv2d(nn.Conv2d):
         """The layer's output, (B, C, h, w) as its input."""
         if self.packed is None:
             return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-        return _packed_convolution(self, "forward", self.weight, x, self.bias)
+        return _packed_convolution(self, "forward", x, self.bias)
 
     def gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
         """The gradient of an input of ``shape``, from that of the output."""
         if self.packed is None or self.stride != (1, 1):
             return torch.nn.grad.conv2d_input(shape, self.weight, grad, self.stride, self.padding, self.dilation, self.groups)
-        return _packed_convolution(self, "backward", self.weight.flip(2, 3).transpose(0, 1), grad, None)
+        return _packed_convolution(self, "backward", grad, None)
 
 
 class AdaptedLinear(PeftLinear):
@@ -263,11 +263,12 @@ def _chunks(query: Tensor, key: Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, query.shape[2], size)]
 
 
-def _packed_convolution(layer: FrozenConv2d, way: str, weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    """A convolution of stride 1 or the layer's, whose weights are put in oneDNN's order at the first call alone."""
+def _packed_convolution(layer: FrozenConv2d, way: str, x: Tensor, bias: Tensor | None) -> Tensor:
+    """The layer's convolution, or the one of stride 1 that is its gradient; weights are put in oneDNN's order once."""
     assert layer.packed is not None
     stride = layer.stride if way == "forward" else (1, 1)
     if way not in layer.packed:
+        weight = layer.weight if way == "forward" else layer.weight.flip(2, 3).transpose(0, 1)
         options = list(layer.padding), list(stride), [1, 1], 1, list(x.shape)
         layer.packed[way] = torch._C._nn.mkldnn_reorder_conv2d_weight(weight.contiguous().to_mkldnn(), *options)
     return torch.ops.mkldnn._convolution_pointwise(x, layer.packed[way], bias, layer.padding, stride, [1, 1], 1, "none", [], "")
@@ -314,7 +315,9 @@ def _without_autocast(forward: Any, device_type: str, dtype: torch.dtype) -> Any
     @functools.wraps(forward)
     def run(sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, *rest: Any, **named: Any) -> Any:
         if named.get("added_cond_kwargs"):
-            named["added_cond_kwargs"] = {name: cast(value) for name, value in named["added_cond_kwargs"].items()}
+            # Not the time ids: half precision knows no 1333 px, and their sinusoids are made in float32.
+            added = named["added_cond_kwargs"]
+            named["added_cond_kwargs"] = added | {"text_embeds": cast(added["text_embeds"])}
         with torch.autocast(device_type, enabled=False):
             return forward(cast(sample), timestep, cast(encoder_hidden_states), *rest, **named)
 

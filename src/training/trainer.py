@@ -42,6 +42,8 @@ from src.training.speed import prepare_for_speed
 from src.training.text_cache import TextCache
 from src.training_memory import TrainingNeed, choose, describe
 
+COPIES = 6  # of the adapter in a checkpoint: diffusers', PEFT's, what goes on, and two moments of the optimizer, and one spare
+
 
 class Trainer:
     """Builds what the loop needs out of a run's settings, and ends it properly."""
@@ -53,6 +55,8 @@ class Trainer:
         self.is_main = self.accelerator.is_main_process
         train = run.train  # what was left open is decided now, and stands so in the checkpoints and the report
         train.mixed_precision = self.accelerator.mixed_precision
+        if run.model.precision == "auto":
+            run.model.precision = {"no": "fp32"}.get(train.mixed_precision, train.mixed_precision)
         train.learning_rate = learning_rates(train)["unet"]
         train.alpha = float(train.rank) if train.alpha is None else train.alpha
         self.progress = Progress()
@@ -128,6 +132,7 @@ class Trainer:
             latents, texts, judge = self._encode(model, dataset, priors, schedule)
         self._plan(model, budget_bytes)
         network = self._build_network(model)
+        store.check_space(COPIES * sum(4 * parameter.numel() for parameter in network.trainable().values()))
         live_text = LiveText(model.pipeline) if train.train_text_encoder else None
         trainee = self.accelerator.prepare(Trainee(model.pipeline.unet, live_text))
         optimizer = self.accelerator.prepare(build_optimizer(network.groups(), train))
@@ -154,8 +159,6 @@ class Trainer:
         config = self.run.app_config()
         device = self.accelerator.device
         config.model.device = str(device) if device.type == "cuda" else device.type  # several processes count CPUs, too
-        if config.model.precision == "auto":
-            config.model.precision = {"no": "fp32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision)
         started = time.monotonic()
         model = base_models.load(config)
         if model.pipeline.unet.config.in_channels != 4:
@@ -175,8 +178,8 @@ class Trainer:
         )  # fmt: skip
         for note in dataset.notes:
             self.say(f"data    {note}")
-        if dataset.trigger and not train.sample_prompts:
-            train.sample_prompts = (f"a photo of {dataset.trigger}",)
+        if not train.sample_prompts:
+            train.sample_prompts = (usual_prompt(dataset),)
         if train.class_prompt is None:
             return dataset, ()
         # A prompt with {a|b} is another one in each picture, and stands beside it; any other is that of all, whoever made them.
@@ -301,7 +304,7 @@ class Trainer:
         self.say(
             f"adapter rank {train.rank}, {train.targets}, {numbers:,} numbers ({learns}); {job.total_steps} steps of "
             f"{train.batch_size * train.gradient_accumulation_steps * self.accelerator.num_processes} pictures, "
-            f"{job.feeder.order.batches_per_epoch} batches an epoch, {self.accelerator.mixed_precision} precision"
+            f"{job.feeder.order.batches_per_epoch} batches an epoch, mixed precision: {train.mixed_precision}"
         )
 
     def _compare(self, checkpoint: Checkpoint, mine: dict[str, Any], force: bool) -> None:
@@ -336,14 +339,22 @@ class Trainer:
         self.say(f"saved   {final}")
         self.say(f"best    {judge.best_line()}")
         self.say(f"report  {saver.store.root / 'report.html'}")
-        trigger, model = saver.facts.trigger or "your subject", self.run.model.model_id
+        prompt, model = shlex.quote(saver.run.train.sample_prompts[0]), self.run.model.model_id
         of_model = "" if model == TrainRun().model.model_id else f" --model {shlex.quote(model)}"
-        self.say(f'draw    python main.py "a photo of {trigger}" --lora {shlex.quote(str(final))}{of_model}')
+        self.say(f"draw    python main.py {prompt} --lora {shlex.quote(str(final))}{of_model}")
+
+
+def usual_prompt(dataset: Dataset) -> str:
+    """What to draw where nobody said it: the trigger, or the commonest caption where there is none."""
+    if dataset.trigger:
+        return f"a photo of {dataset.trigger}"
+    captions = Counter(caption for example in dataset.train for caption in example.captions)
+    return captions.most_common(1)[0][0]
 
 
 def resume_command(run: TrainRun, processes: int = 1) -> str:
     """What to type to go on after an interruption."""
-    launcher = "python" if processes == 1 else f"accelerate launch --num_processes {processes}"
+    launcher = "python" if processes == 1 else f"accelerate launch --multi_gpu --num_processes {processes}"
     output = f" --output_dir {shlex.quote(run.train.output_dir)}" if run.train.output_dir != TrainRun().train.output_dir else ""
     return f"{launcher} -m src.train_lora --dataset_dir {shlex.quote(run.train.dataset_dir)}{output} --resume"
 
