@@ -68,7 +68,7 @@ def prepare(config: PrepareConfig, terminal: Terminal) -> Outcome:
         find_captioner(config)  # before hours of work
     inventory = scan(src)
     if not inventory.pictures:
-        first = next((f" ({skip.source}: {skip.reason})" for skip in inventory.skipped), "")
+        first = next((f" ({printable(skip.source)}: {skip.reason})" for skip in inventory.skipped), "")
         raise refused(f"--src {src}: holds no pictures among {len(inventory)} files{first}; name the folder with your pictures")
     readable = {src / name for name in inventory.captions}
     captions = find_captions(src, [src / name for name in inventory.pictures], readable.__contains__)

@@ -34,6 +34,7 @@ class ForkedTraining:
         self.common = [
             "--dataset_dir", str(self.data), "--model", str(self.base), "--output_dir", str(self.output), "--device", "cpu",
             "--set", f"paths.cache={root / 'cache'}", "--resolution", str(training.SIZE_PX), "--mixed_precision", "no",
+            "--no-samples",
         ]  # fmt: skip
         self._prepared: tuple[Job, Saver, Judge] | None = None
 
