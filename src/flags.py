@@ -115,7 +115,7 @@ class CommandLine:
                 raise usage_error(f"{flag} cannot differ from job to job; give it on the command line")
             close = difflib.get_close_matches(flag.partition("=")[0], self._flags, n=1)
             hint = f"did you mean {close[0]}?" if close else "see --help"
-            quotes = " (a prompt of several words needs quotes)" if not flag.startswith("-") else ""
+            quotes = " (several words need quotes, and a flag takes one value)" if not flag.startswith("-") else ""
             raise usage_error(f"unknown argument '{flag}'{quotes}; {hint}")
         if found := re.match(r"argument ([^/:\s]+)[^:]*: (expected one|ignored explicit) argument", message):
             flag = self._flags[found[1]]

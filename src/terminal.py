@@ -73,3 +73,8 @@ class Terminal:
         print(line, file=stream, flush=True)
         if self._bar is not None and not self._bar.disable:
             self._bar.refresh()
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 picture", "1,200 pictures"."""
+    return f"{number:,} {noun}" + "s" * (number != 1)

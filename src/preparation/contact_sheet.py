@@ -12,7 +12,8 @@ from src.captions import printable
 from src.images import read_image
 from src.preparation.output import Prepared
 from src.preparation.settings import PrepareConfig
-from src.preparation.wording import CLIP_TOKENS, counted, estimate_tokens
+from src.preparation.wording import CLIP_TOKENS, estimate_tokens
+from src.terminal import counted
 
 if TYPE_CHECKING:
     from src.preparation.preparing import Outcome

@@ -48,11 +48,6 @@ def estimate_tokens(caption: str) -> int:
     return tokens
 
 
-def counted(number: int, noun: str) -> str:
-    """ "1 picture", "1,200 pictures"."""
-    return f"{number:,} {noun}" + "s" * (number != 1)
-
-
 def _filled(template: str, trigger: str, caption: str) -> str:
     """The template with its words put in; without a caption its place goes, and the comma beside it."""
     if not caption:

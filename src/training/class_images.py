@@ -15,6 +15,7 @@ from src import files, images
 from src.generator import TextToImageGenerator
 from src.images import PICTURE_SUFFIXES
 from src.request import PictureRequest
+from src.terminal import counted
 from src.train_config import TrainRun
 
 STEM = "class"  # of a picture's name; its number follows
@@ -36,7 +37,7 @@ def draw_class_images(run: TrainRun, folder: Path, say: Callable[[str], None]) -
     if not missing:
         return
     prompt = textwrap.shorten(str(train.class_prompt), 80, placeholder=" ...")
-    say(f"class   drawing {len(missing)} pictures of '{prompt}' into {folder}")
+    say(f"class   drawing {counted(len(missing), 'picture')} of '{prompt}' into {folder}")
     generator = TextToImageGenerator(run.app_config())
     for _, group in itertools.groupby(enumerate(missing), key=lambda entry: entry[1] - entry[0]):
         numbers = [number for _, number in group]  # consecutive ones

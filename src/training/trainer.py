@@ -23,7 +23,7 @@ from src.dataset import Dataset, Example, read_dataset
 from src.diffusion import NoiseSchedule, check_loss
 from src.errors import ExitCode, UserError, refused, usage_error
 from src.model_shapes import read_shapes
-from src.terminal import Terminal
+from src.terminal import Terminal, counted
 from src.train_config import TrainRun, learning_rates
 from src.training.batches import Feeder, Trainee
 from src.training.class_images import draw_class_images
@@ -289,7 +289,7 @@ class Trainer:
         numbers = sum(parameter.numel() for parameter in network.trainable().values())
         held = f", {len(dataset.held_out)} held out" if dataset.held_out else ""
         prior = f", {len(priors)} of the class" if priors else ""
-        self.say(f"data    {len(dataset.train)} pictures{held}{prior}; trigger: {dataset.trigger or 'none'}")
+        self.say(f"data    {counted(len(dataset.train), 'picture')}{held}{prior}; trigger: {dataset.trigger or 'none'}")
         order = job.feeder.order
         if order.fill_ups > 0.1 * order.batches_per_epoch * train.batch_size * self.accelerator.num_processes:
             self.say(
@@ -301,10 +301,11 @@ class Trainer:
         if train.use_dora and train.format == "kohya":
             self.say("format  A1111 and ComfyUI draw a DoRA of this kind otherwise; for those, train without --dora")
         learns = "U-Net and text encoders" if train.train_text_encoder else "U-Net"
+        a_step = train.batch_size * train.gradient_accumulation_steps * self.accelerator.num_processes
         self.say(
-            f"adapter rank {train.rank}, {train.targets}, {numbers:,} numbers ({learns}); {job.total_steps} steps of "
-            f"{train.batch_size * train.gradient_accumulation_steps * self.accelerator.num_processes} pictures, "
-            f"{job.feeder.order.batches_per_epoch} batches an epoch, mixed precision: {train.mixed_precision}"
+            f"adapter rank {train.rank}, {train.targets}, {numbers:,} numbers ({learns}); {counted(job.total_steps, 'step')} "
+            f"of {counted(a_step, 'picture')}, {order.batches_per_epoch} batches an epoch, "
+            f"mixed precision: {train.mixed_precision}"
         )
 
     def _compare(self, checkpoint: Checkpoint, mine: dict[str, Any], force: bool) -> None:
