@@ -114,7 +114,7 @@ def _tell(outcome: Outcome, config: PrepareConfig, terminal: Terminal) -> None:
     """The summary: what became of the pictures, where to look, and what to type next."""
     from src.captions import printable
     from src.preparation.findings import overruled_by
-    from src.preparation.wording import counted
+    from src.terminal import counted
 
     for note in outcome.notes:
         terminal.say(note)
