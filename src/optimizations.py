@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
+from src import cpu_layers
 from src.config import OptimizationConfig
 from src.errors import usage_error
 from src.memory_plan import CONTEXT_BYTES, VAE_TILE_PX, budget_of
@@ -59,6 +60,9 @@ def apply(pipeline: DiffusionPipeline, placement: Placement, options: Optimizati
     pipeline.remove_all_hooks()
     _set_modes(pipeline, placement, options)
     _make_vae_safe(pipeline)
+    if not placement.on_card and not options.enable_torch_compile:  # a compiler does the same in its own way
+        cpu_layers.prepare_for_drawing(pipeline.unet, exchange_attention=not options.enable_attention_slicing)
+        pipeline.vae.to(memory_format=torch.channels_last)
     if placement.offload == "model":
         pipeline.to("cpu")
         pipeline.enable_model_cpu_offload(device=device)

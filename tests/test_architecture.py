@@ -17,7 +17,7 @@ LIGHT = [
     "doors", "session", "flags", "arguments", "orders", "recipe_orders", "training_memory", "train_arguments",
 ]  # fmt: skip
 HEAVY = [
-    "optimizations", "base_models", "conditioning", "denoising", "lora", "drawn_recipe", "generator", "report", "preparation",
+    "cpu_kernels", "cpu_layers", "optimizations", "base_models", "conditioning", "denoising", "lora", "drawn_recipe", "generator", "report", "preparation",
     "diffusion", "training", "example_subject",
 ]  # fmt: skip
 DOORS = ["cli", "prepare_dataset", "train_lora", "bench"]
@@ -117,7 +117,18 @@ def test_two_files_write_and_nothing_is_unpickled(path: Path) -> None:
 
 def test_diffusers_and_peft_stay_in_their_rooms() -> None:
     rooms = {
-        "diffusers": {"base_models", "schedulers", "optimizations", "denoising", "generator", "lora", "training", "bench"},
+        "diffusers": {
+            "base_models",
+            "schedulers",
+            "optimizations",
+            "denoising",
+            "generator",
+            "lora",
+            "training",
+            "bench",
+            "cpu_kernels",
+            "cpu_layers",
+        },
         "peft": {"training", "bench"},
     }
     for package, allowed in rooms.items():

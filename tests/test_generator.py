@@ -86,7 +86,7 @@ def test_text_to_image_equals_diffusers(loaded, name: str) -> None:
     expected = reference(PROMPT, width=64, height=96, generator=source, **SETTINGS).images[0]
     (mine,) = loaded.generate(PROMPT, NEGATIVE, width=64, height=96, seed=SEED, scheduler=name)
     assert mine.size == (64, 96)
-    assert numpy.array_equal(pixels(mine), pixels(expected))
+    assert largest_difference(mine, expected) <= 1  # layers of ours on a CPU add up in another order
 
 
 def test_without_guidance_equals_diffusers(loaded) -> None:
@@ -95,7 +95,7 @@ def test_without_guidance_equals_diffusers(loaded) -> None:
     source = [torch.Generator("cpu").manual_seed(1)]
     expected = reference(PROMPT, num_inference_steps=2, guidance_scale=1.0, width=64, height=64, generator=source).images[0]
     (mine,) = loaded.generate(PROMPT, seed=1, scheduler="euler", num_inference_steps=2, guidance_scale=1.0)
-    assert numpy.array_equal(pixels(mine), pixels(expected))
+    assert largest_difference(mine, expected) <= 1
 
 
 def gradient(width: int, height: int) -> Image.Image:

@@ -9,7 +9,7 @@ from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_submodules
 from PIL import Image
 
-from src import memory_plan, optimizations
+from src import cpu_layers, memory_plan, optimizations
 from src.config import AppConfig, OptimizationConfig
 from src.errors import ExitCode, UserError
 from src.generator import TextToImageGenerator
@@ -41,6 +41,12 @@ def draw(generator: TextToImageGenerator, **settings: object) -> numpy.ndarray:
 
 def apply(generator: TextToImageGenerator, placement: Placement, **switches: bool) -> None:
     optimizations.apply(generator.model.pipeline, placement, OptimizationConfig(**switches), CPU)
+
+
+@pytest.fixture(autouse=True)
+def _cards_have_the_librarys_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU stands for a card in this file."""
+    monkeypatch.setattr(cpu_layers, "CAN_PACK", False)
 
 
 # -- the same picture in every memory mode

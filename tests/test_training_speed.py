@@ -80,28 +80,6 @@ def test_checkpointed_layers_give_the_same_gradient() -> None:
     assert torch.equal(gradient, checkpointed)
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("long", [False, True], ids=["short", "long"])
-@pytest.mark.parametrize(("length", "others"), [(48, 48), (50, 77), (1, 7)])
-def test_attention_equals_the_fused_kernel(length, others, long, dtype, monkeypatch) -> None:
-    if long:  # chunks of a few rows, the last one shorter
-        monkeypatch.setattr(speed, "LONG", {})
-        monkeypatch.setattr(speed, "CHUNK_NUMBERS", 13 * others)
-        monkeypatch.setattr(speed, "LONG_OTHERWISE", 0)
-    parts = [
-        torch.randn(2, size, 3, 20, generator=torch.Generator().manual_seed(size)).to(dtype).transpose(1, 2).requires_grad_()
-        for size in (length, others, others)
-    ]
-    results = []
-    for function in (F.scaled_dot_product_attention, speed.attend):
-        output = function(*parts)
-        gradients = torch.autograd.grad(output, parts, torch.ones_like(output) * output.detach())
-        results.append([tensor.float() for tensor in (output, *gradients)])
-    for mine, reference in zip(results[1], results[0]):
-        assert mine.shape == reference.shape
-        assert (mine - reference).norm() <= TOLERANCE[dtype] * reference.norm() + 1e-6
-
-
 def test_names_and_weights_stay_and_a_second_call_changes_nothing() -> None:
     unet, network = adapted("sd1", torch.float32, targets="conv")
     before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}

@@ -1,6 +1,6 @@
-"""python -m src.bench [start|swap|train] [--full] [--script PATH] : time what the project promises, on this machine.
+"""python -m src.bench [start|swap|speed|train] [--full] [--script PATH] : time what the project promises, on this machine.
 
-``--full`` trains a model of SD v1.5's shapes; ``--script`` names diffusers' train_text_to_image_lora.py (src/bench/train.py).
+``--full`` draws and trains with a model of SD v1.5's shapes; ``--script`` names diffusers' train_text_to_image_lora.py (src/bench/train.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from src.config import PROJECT_FOLDER
 from src.errors import UserError
 
-PARTS = ("start", "swap", "train")
+PARTS = ("start", "swap", "speed", "train")
 RUNS = 10
 
 
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
         return 2
     print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}")
     parts: dict[str, Callable[[], Iterable[str]]] = {
-        "start": _start, "swap": _swap, "train": lambda: _train(options.full, options.script),
+        "start": _start, "swap": _swap, "speed": lambda: _speed(options.full), "train": lambda: _train(options.full, options.script),
     }  # fmt: skip
     try:
         for name in names or PARTS:
@@ -72,6 +72,16 @@ def _swap() -> list[str]:
 
     with tempfile.TemporaryDirectory() as folder:
         return swap.run(Path(folder))
+
+
+def _speed(full: bool) -> Iterator[str]:
+    from src import quiet
+
+    quiet.silence_libraries()
+    from src.bench import speed
+
+    with tempfile.TemporaryDirectory() as folder:
+        yield from speed.run(Path(folder), full=full)
 
 
 def _train(full: bool, script: Path | None) -> Iterator[str]:

@@ -23,16 +23,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Conv2d as PeftConv2d
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
-HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-CHUNK_NUMBERS = 1 << 20  # scores at once: they stay in the cache of a CPU core
-LONG = {torch.bfloat16: 1 << 21}  # scores of one head, from which on they are not kept for the backward pass
-LONG_OTHERWISE = 1 << 18
+from src.cpu_kernels import HAS_ONEDNN, CpuAttention, is_plain, product
+
 PACKED_BYTES = 1 << 28  # convolutions of up to so many bytes are held three times: as they are, and packed for both directions
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
@@ -66,7 +64,7 @@ def exchange_layers(unet: nn.Module, device: torch.device, dtype: torch.dtype) -
                 module.packed = {}
         elif type(module) is nn.Linear and not module.weight.requires_grad and device.type == "cpu":
             module.__class__ = FrozenLinear
-        elif device.type == "cpu" and isinstance(module, Attention) and _is_plain(module):
+        elif device.type == "cpu" and isinstance(module, Attention) and is_plain(module):
             module.set_processor(CpuAttention())
 
 
@@ -142,48 +140,16 @@ class AdaptedConv2d(PeftConv2d):
         return base(x) + F.conv2d(narrow * self.scaling[name], up)
 
 
-class CpuAttention:
-    """Attention for U-Nets on a CPU, where torch's fused kernel is slow: small scores are kept, long ones computed again."""
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        **arguments: Any,
-    ) -> Tensor:
-        """Hidden states (B, L, C), and those that are attended to (B, S, D) if they are others -> (B, L, C)."""
-        if attention_mask is not None:
-            return AttnProcessor2_0()(attn, hidden_states, encoder_hidden_states, attention_mask, **arguments)
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        parts = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
-        query, key, value = (part.view(*part.shape[:2], attn.heads, -1).transpose(1, 2) for part in parts)  # (B, H, L or S, d)
-        result = attend(query, key, value).transpose(1, 2).flatten(2)
-        return attn.to_out[1](attn.to_out[0](result))
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """``softmax(q k^T / sqrt(d)) v`` of (B, H, L, d) and (B, H, S, d): as scaled_dot_product_attention, for the CPU."""
-    scores = query.shape[2] * key.shape[2]
-    if scores >= LONG.get(query.dtype, LONG_OTHERWISE):
-        return _LongAttention.apply(query, key, value)
-    if query.dtype == torch.float32:
-        return F.scaled_dot_product_attention(query, key, value)
-    weights = (query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)).softmax(-1)
-    return weights @ value
-
-
 class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        return _product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+        return product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        return _product(grad.reshape(-1, grad.shape[-1]), weight.t()).view(*grad.shape[:-1], -1), None, None
+        return product(grad.reshape(-1, grad.shape[-1]), weight.t()).view(*grad.shape[:-1], -1), None, None
 
 
 class _FrozenConvolution(torch.autograd.Function):
@@ -204,7 +170,7 @@ class _AdaptedProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         narrow = rows @ down.to(x.dtype).t()  # (N, rank)
-        result = _product(rows, weight, bias).addmm_(narrow, up.to(x.dtype).t(), alpha=scale)
+        result = product(rows, weight, bias).addmm_(narrow, up.to(x.dtype).t(), alpha=scale)
         ctx.save_for_backward(x, weight, down, up, narrow)
         ctx.scale = scale
         return result.view(*x.shape[:-1], -1)
@@ -218,49 +184,8 @@ class _AdaptedProduct(torch.autograd.Function):
         grad_up = (rows.t() @ narrow).to(up.dtype) * ctx.scale
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = _product(rows, weight.t()).addmm_(grad_narrow, down.to(x.dtype)).view_as(x)
+            grad_x = product(rows, weight.t()).addmm_(grad_narrow, down.to(x.dtype)).view_as(x)
         return grad_x, None, None, grad_down, grad_up, None
-
-
-class _LongAttention(torch.autograd.Function):
-    """Some rows of one head at a time; the backward pass computes them again (Rabe and Staats 2021, arXiv 2112.05682)."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        ctx.save_for_backward(query, key, value)
-        result = query.new_empty(query.shape[0], query.shape[2], *query.shape[1::2]).transpose(1, 2)
-        for at in _heads(query):
-            keys, values = key[at] * query.shape[-1] ** -0.5, value[at].t().contiguous()
-            for rows in _chunks(query, key):
-                result[at][rows] = _product(_product(query[at][rows], keys).softmax(-1), values)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        query, key, value = ctx.saved_tensors
-        grads = [torch.empty_like(part) for part in (query, key, value)]
-        scale = query.shape[-1] ** -0.5
-        for at in _heads(query):
-            keys, values = key[at] * scale, value[at].contiguous()
-            columns, sums = keys.t().contiguous(), torch.zeros(2, key.shape[3], key.shape[2])
-            for rows in _chunks(query, key):
-                part, above = query[at][rows].contiguous(), grad[at][rows].contiguous()
-                weights = _product(part, keys).softmax(-1)
-                slopes = torch._softmax_backward_data(_product(above, values), weights, -1, weights.dtype)
-                grads[0][at][rows] = _product(slopes, columns)
-                sums[0] += _product(part.t().contiguous(), slopes.t())  # the large factor as it lies: nothing is copied
-                sums[1] += _product(above.t().contiguous(), weights.t())
-            grads[1][at], grads[2][at] = sums[0].t() * scale, sums[1].t()
-        return tuple(grads)
-
-
-def _heads(query: Tensor) -> list[tuple[int, int]]:
-    return [(example, head) for example in range(query.shape[0]) for head in range(query.shape[1])]
-
-
-def _chunks(query: Tensor, key: Tensor) -> list[slice]:
-    size = max(1, CHUNK_NUMBERS // key.shape[2])
-    return [slice(start, start + size) for start in range(0, query.shape[2], size)]
 
 
 def _packed_convolution(layer: FrozenConv2d, way: str, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -278,13 +203,6 @@ def _can_pack(layer: nn.Conv2d) -> bool:
     """Whether both directions are convolutions that keep the size, or the forward one at least: no groups, no dilation."""
     same = all(2 * padding == size - 1 for padding, size in zip(layer.padding, layer.kernel_size))
     return HAS_ONEDNN and same and layer.groups == 1 and layer.dilation == (1, 1)
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x weight^T + bias`` for x (N, inputs). In float32 on a CPU by oneDNN: torch's own MKL is half as fast on AMD's."""
-    if x.dtype == torch.float32 and x.device.type == "cpu" and HAS_ONEDNN and not torch.compiler.is_compiling():
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
 
 
 def _takes(x: Tensor, weight: Tensor) -> bool:
@@ -322,10 +240,3 @@ def _without_autocast(forward: Any, device_type: str, dtype: torch.dtype) -> Any
             return forward(cast(sample), timestep, cast(encoder_hidden_states), *rest, **named)
 
     return run
-
-
-def _is_plain(attn: Attention) -> bool:
-    """Whether there is nothing in it beside projections and heads."""
-    beside = (attn.group_norm, attn.spatial_norm, attn.norm_q, attn.norm_k, attn.norm_cross, attn.add_k_proj)
-    ordinary = isinstance(attn.processor, AttnProcessor2_0) and not attn.residual_connection
-    return ordinary and all(part is None or part is False for part in beside) and attn.rescale_output_factor == 1
