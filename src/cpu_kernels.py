@@ -3,7 +3,7 @@
 Milliseconds of one attention, two threads of an AMD EPYC (Zen 5), torch 2.13; torch's fused kernel, then these:
 
                                        fp32           bf16
-    4096 x 4096, 2 x 8 heads of 40   386   222     342   FAST
+    4096 x 4096, 2 x 8 heads of 40   386   222     342   173
     1024 x 1024, 2 x 8 heads of 80    33    22      37    18
 """
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from src.bench import __main__ as bench
-from src.bench import train
+from src.bench import speed, train
 from src.bench.script_loop import ScriptLoop
 from src.errors import UserError
 from tests.tiny import pipelines
@@ -12,7 +12,7 @@ from tests.tiny import pipelines
 
 def test_an_unknown_part_is_one_line(capsys) -> None:
     assert bench.main(["swop"]) == 2
-    assert capsys.readouterr().err.splitlines() == ["error: there is no bench 'swop'; there are: start, swap, train"]
+    assert capsys.readouterr().err.splitlines() == ["error: there is no bench 'swop'; there are: start, swap, speed, train"]
 
 
 def test_start_times_each_door_beside_a_bare_interpreter(monkeypatch, capsys) -> None:
@@ -21,6 +21,24 @@ def test_start_times_each_door_beside_a_bare_interpreter(monkeypatch, capsys) ->
     rows = [line for line in capsys.readouterr().out.splitlines() if line.endswith(" ms")]
     assert len(rows) == 4
     assert all(float(row.split()[-2]) > 0 for row in rows)
+
+
+def test_both_sides_of_the_speed_bench_draw(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(speed, "STEPS", 2)
+    model = pipelines.save(pipelines.sd1(), tmp_path / "model")
+    for precision in ("fp32", "bf16"):
+        pictures = [speed.load_stock(model, 64, precision)().images[0], *speed.load_ours(model, 64, precision)()]
+        assert [picture.size for picture in pictures] == [(64, 64)] * 2
+
+
+def test_speeds_are_told_beside_the_stock_scripts(tmp_path, monkeypatch) -> None:
+    """Medians of the rounds; the ratio is that of a picture in a warm process."""
+    seconds = iter([8.0, 6.0, 4.0, 2.0] * 2 + [80.0, 60.0, 40.0, 20.0])
+    monkeypatch.setattr(speed, "_measure", lambda side, model, size: speed.Measured(1.0, 9.0, next(seconds), 3 * 10**9))
+    lines = list(speed.run(tmp_path, full=False))
+    assert [line.split()[:2] for line in lines[2:]] == [side.split() for side in speed.SIDES]
+    assert all("3.00 GB" in line for line in lines[2:])
+    assert [line.partition("1/")[2].split()[0] for line in lines[2:]] == ["1.00", "1.33", "2.00", "4.00"]
 
 
 def test_the_scripts_loop_trains_and_ours_is_timed_on_the_same_pictures(tmp_path) -> None:

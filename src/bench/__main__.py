@@ -1,6 +1,7 @@
 """python -m src.bench [start|swap|speed|train] [--full] [--script PATH] : time what the project promises, on this machine.
 
-``--full`` draws and trains with a model of SD v1.5's shapes; ``--script`` names diffusers' train_text_to_image_lora.py (src/bench/train.py).
+``--full`` draws and trains with a model of SD v1.5's shapes; ``--script`` names diffusers' train_text_to_image_lora.py
+(src/bench/train.py).
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def main(argv: list[str]) -> int:
         return 2
     print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}")
     parts: dict[str, Callable[[], Iterable[str]]] = {
-        "start": _start, "swap": _swap, "speed": lambda: _speed(options.full), "train": lambda: _train(options.full, options.script),
+        "start": _start, "swap": _swap, "speed": lambda: _speed(options.full),
+        "train": lambda: _train(options.full, options.script),
     }  # fmt: skip
     try:
         for name in names or PARTS:

@@ -6,6 +6,7 @@ loads and draws in a process of its own, in turn.
 
 from __future__ import annotations
 
+import itertools
 import json
 import resource
 import statistics
@@ -79,7 +80,7 @@ def load_stock(model: Path, size_px: int, precision: str) -> Callable[[], Any]:
     from diffusers import StableDiffusionPipeline
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    pipeline = StableDiffusionPipeline.from_pretrained(model, dtype=dtype, safety_checker=None)
+    pipeline = StableDiffusionPipeline.from_pretrained(model, dtype=dtype, safety_checker=None, feature_extractor=None)
     pipeline.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE_SCALE, "width": size_px, "height": size_px}
     return lambda: pipeline(PROMPT, **options)
@@ -110,7 +111,7 @@ def main(arguments: list[str]) -> None:
     for _ in range(PICTURES):
         draw()
         ends.append(time.perf_counter())
-    load_s, first_s, next_s = (after - before for before, after in zip(ends, ends[1:]))
+    load_s, first_s, next_s = (after - before for before, after in itertools.pairwise(ends))
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(json.dumps({"load_s": load_s, "first_s": first_s, "next_s": next_s, "peak_bytes": peak_bytes}))
 
