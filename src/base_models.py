@@ -20,13 +20,10 @@ quiet.silence_libraries()
 import diffusers
 import torch
 import transformers
-from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
-from diffusers.loaders import single_file_utils
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from safetensors.torch import load_file
 
-from src import devices, downloads, model_files, model_source
+from src import devices, downloads, model_files, model_source, model_weights
 from src.config import AppConfig, ModelConfig, check_machine
 from src.errors import refused
 from src.model_files import Family
@@ -45,8 +42,13 @@ CLASSES = {
     "feature_extractor": transformers.CLIPImageProcessor,
     **dict.fromkeys(TOKENIZERS, transformers.CLIPTokenizer),
 }
-# Names that a VAE's attention had before diffusers 0.18, and still has in many files.
-_OLD_VAE_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+_NETWORKS = (
+    "model.diffusion_model.",
+    "first_stage_model.",
+    "cond_stage_model.",
+    "conditioner.",
+)  # of a file in the original layout
+_FIRST_UNET_WEIGHT = "model.diffusion_model.input_blocks.0.0.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,7 @@ def load(config: AppConfig) -> LoadedModel:
         )
         family = model_files.family_of(folder)
         classes = model_files.check_folder(folder, checker)
-        weights_path = _weight_files(folder / "unet", "unet", dtype)[0][0]
+        weights_path = _weight_files(folder / "unet", "unet", dtype)[0]
         parts = {name: _load_component(folder / name, name, kind, dtype) for name, kind in classes.items()}
     vae_name = None
     if wanted.vae:
@@ -150,22 +152,36 @@ def _load_component(folder: Path, component: str, class_name: str, dtype: torch.
         raise refused(f"{folder}: the installed {library.__name__} knows no {class_name}; {again}")
     if component not in model_files.WEIGHT_STEMS:
         return _checked(folder, lambda: kind.from_pretrained(folder, local_files_only=True), again)
-    files, variant = _weight_files(folder, component, dtype)
-    for file in files:
-        read_header(file)  # so that a file which was cut off is named as such, before a library guesses why
-    options = {"dtype": dtype, "variant": variant, "use_safetensors": True, "local_files_only": True}
-    model, info = _checked(folder, lambda: kind.from_pretrained(folder, **options, output_loading_info=True), again)
-    missing = sorted(info["missing_keys"])
+    files = _weight_files(folder, component, dtype)
+    model = _checked(folder, lambda: _build(kind, folder), again)
+    tensors = {name: tensor for file in files for name, tensor in _read(file, dtype).items()}
+    missing = _checked(folder, lambda: model_weights.fill(model, model_weights.renamed(tensors, model.state_dict())), again)
     if missing:
         raise refused(f"{folder}: {len(missing)} tensors are missing, such as {missing[0]}; {again}")
-    return model
+    return model.eval()
 
 
-def _weight_files(folder: Path, component: str, dtype: torch.dtype) -> tuple[list[Path], str | None]:
-    """The .safetensors files of a component to load, and their variant."""
+def _build(kind: Any, folder: Path, **changes: Any) -> Any:
+    """A network by the configuration in ``folder``, without weights."""
+    if issubclass(kind, diffusers.ModelMixin):
+        facts = kind.load_config(folder, local_files_only=True) | changes
+        return model_weights.build_empty(lambda: kind.from_config(facts))
+    config = kind.config_class.from_pretrained(folder, local_files_only=True)
+    return model_weights.build_empty(lambda: kind(config))
+
+
+def _read(path: Path, dtype: torch.dtype, prefixes: tuple[str, ...] = ("",)) -> dict[str, torch.Tensor]:
+    try:
+        return model_weights.read_tensors(path, dtype, prefixes)
+    except OSError as error:
+        raise refused(f"{path}: cannot be read ({error.strerror or error}); check its permissions and the disk") from None
+
+
+def _weight_files(folder: Path, component: str, dtype: torch.dtype) -> list[Path]:
+    """The .safetensors files of a component to load."""
     names = {path.name for path in folder.glob("*")}
-    chosen, variant = model_files.select_weights(component, names, prefer_fp16=dtype != torch.float32)
-    return [folder / name for name in chosen if name.endswith(".safetensors")], variant
+    chosen, _ = model_files.select_weights(component, names, prefer_fp16=dtype != torch.float32)
+    return [folder / name for name in chosen if name.endswith(".safetensors")]
 
 
 def _load_single_file(
@@ -182,70 +198,37 @@ def _load_single_file(
     classes = model_files.read_components(folder, include_safety_checker=False)
     has_tokenizers = all(_is_whole(folder / name, name) for name in classes if name in TOKENIZERS)
     tokenizers = folder if has_tokenizers else downloads.download_tokenizer(family, cache, offline=offline)
-    tensors = load_file(path)
+    tensors = _read(path, dtype, _NETWORKS)
     parts: dict[str, Any] = {}
     for name, kind in classes.items():
         if name in model_files.WEIGHT_STEMS:
-            parts[name] = _convert(path, name, kind, tensors, folder, dtype)
+            parts[name] = _convert(path, name, kind, tensors, folder)
         else:
             parts[name] = _load_component((tokenizers if name in TOKENIZERS else folder) / name, name, kind, dtype)
     if prediction and not architecture:
-        changes = {"prediction_type": prediction} | ({"rescale_betas_zero_snr": True} if "ztsnr" in tensors else {})
+        changes = {"prediction_type": prediction} | ({"rescale_betas_zero_snr": True} if "ztsnr" in header.tensors else {})
         parts["scheduler"] = type(parts["scheduler"]).from_config(parts["scheduler"].config, **changes)
     return family, parts, folder
 
 
-def _convert(
-    path: Path, component: str, class_name: str, tensors: dict[str, torch.Tensor], architecture: Path, dtype: torch.dtype
-) -> Any:
+def _convert(path: Path, component: str, class_name: str, tensors: dict[str, torch.Tensor], architecture: Path) -> Any:
     """One component out of a file in the original layout, with every tensor that the architecture asks for."""
     hint = f"is it a '{architecture.name}'? {model_files.architecture_hint()}"
+    kind = CLASSES.get(component) or getattr(transformers, class_name)
 
-    def build() -> tuple[Any, Any]:
-        with init_empty_weights():
-            if component in CLASSES:
-                kind = CLASSES[component]
-                facts = kind.load_config(architecture / component, local_files_only=True)
-                if component == "unet":  # an inpainting U-Net differs from its family's in this alone
-                    facts["in_channels"] = tensors["model.diffusion_model.input_blocks.0.0.weight"].shape[1]
-                model = kind.from_config(facts)
-            else:
-                kind = getattr(transformers, class_name)
-                model = kind(kind.config_class.from_pretrained(architecture / component, local_files_only=True))
-        state = {name: tensor.to(dtype) for name, tensor in _renamed(component, model, tensors).items()}
-        return model, model.load_state_dict(state, strict=False, assign=True)
+    def build() -> tuple[Any, list[str]]:
+        # An inpainting U-Net differs from its family's in this alone.
+        changes = {"in_channels": tensors[_FIRST_UNET_WEIGHT].shape[1]} if component == "unet" else {}
+        model = _build(kind, architecture / component, **changes)
+        return model, model_weights.fill(model, model_weights.renamed_from_checkpoint(component, model, tensors))
 
-    model, keys = _checked(path, build, hint)
-    if keys.missing_keys:
-        raise refused(
-            f"{path}: {len(keys.missing_keys)} tensors are missing, such as {component}.{keys.missing_keys[0]}; {hint}"
-        )
+    model, missing = _checked(path, build, hint)
+    if missing:
+        raise refused(f"{path}: {len(missing)} tensors are missing, such as {component}.{missing[0]}; {hint}")
     surplus = sum(name.startswith("model.diffusion_model.") for name in tensors) - len(model.state_dict())
     if component == "unet" and surplus:
         raise refused(f"{path}: its U-Net has {surplus} tensors too many; {hint}")
     return model.eval()
-
-
-def _renamed(component: str, model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of one component under the names that ``model`` has for them. The translation is that of diffusers."""
-    if component == "unet":
-        return single_file_utils.convert_ldm_unet_checkpoint(tensors, model.config)
-    if component == "vae":
-        if not any(name.startswith("encoder.down_blocks.") for name in tensors):
-            return single_file_utils.convert_ldm_vae_checkpoint(tensors, model.config)
-        for old, new in _OLD_VAE_ATTENTION.items():
-            tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
-        return tensors
-    open_clip = "conditioner.embedders.1.model." if component == "text_encoder_2" else "cond_stage_model.model."
-    if any(name.startswith(open_clip) for name in tensors):
-        state = single_file_utils.convert_open_clip_checkpoint(model, tensors, prefix=open_clip)
-    else:
-        state = single_file_utils.convert_ldm_clip_checkpoint(tensors)
-    if not hasattr(
-        model, "text_model"
-    ):  # CLIPTextModel lost this level in transformers 5.6, CLIPTextModelWithProjection kept it
-        state = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
-    return state
 
 
 def _is_whole(folder: Path, component: str) -> bool:
@@ -262,7 +245,7 @@ def _load_other_vae(
     source = model_source.resolve_vae(vae, cache, offline)
     if source.kind == "file":
         read_header(source.path)
-        return _convert(source.path, "vae", "AutoencoderKL", load_file(source.path), config_folder, dtype), source.name
+        return _convert(source.path, "vae", "AutoencoderKL", _read(source.path, dtype), config_folder), source.name
     folder = source.path or downloads.download_vae(vae, cache, precision=_precision(dtype))
     other = _load_component(model_files.vae_folder(folder), "vae", "AutoencoderKL", dtype)
     for fact in ("scaling_factor", "latent_channels"):

@@ -38,10 +38,11 @@ def _run(argv: Sequence[str], terminal: Terminal) -> int:
     jobs = orders.read_jobs(typed, config, terminal.say)
     wishes = orders.check_surroundings(typed, config)
 
-    from src import quiet
+    from src import lean_imports, quiet
 
     quiet.silence_libraries(verbose="verbose" in typed)
-    from src.generator import TextToImageGenerator  # torch: seconds, paid only when all that was typed is right
+    with lean_imports.for_drawing(config.optimization):
+        from src.generator import TextToImageGenerator  # torch: seconds, paid only when all that was typed is right
     from src.session import Session
 
     generator = TextToImageGenerator(config, terminal.say)

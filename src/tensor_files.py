@@ -49,6 +49,7 @@ class TensorInfo:
     dtype: str  # a key of DTYPE_BYTES
     shape: tuple[int, ...]
     size_bytes: int
+    offset: int  # of its first byte in the file
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ def read_header(path: str | Path) -> Header:
         _damaged(path, "its metadata is not text")
     if len(entries) > MAX_TENSORS:
         raise refused(f"{path}: has {len(entries):,} tensors, the limit is {MAX_TENSORS:,}; it is no image model")
-    return Header(_check_tensors(path, entries, file_bytes - 8 - header_bytes), metadata)
+    return Header(_check_tensors(path, entries, 8 + header_bytes, file_bytes), metadata)
 
 
 def refuse_pickle(path: str | Path) -> None:
@@ -143,8 +144,9 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     return entries
 
 
-def _check_tensors(path: Path, entries: dict[str, Any], data_bytes: int) -> dict[str, TensorInfo]:
-    """Check that every entry is well formed and that together they cover ``data_bytes`` without hole or overlap."""
+def _check_tensors(path: Path, entries: dict[str, Any], start: int, file_bytes: int) -> dict[str, TensorInfo]:
+    """Check that every entry is well formed and that together they cover the file from ``start`` without hole or overlap."""
+    data_bytes = file_bytes - start
     tensors: dict[str, TensorInfo] = {}
     spans: list[tuple[int, int]] = []
     for name, entry in entries.items():
@@ -160,7 +162,7 @@ def _check_tensors(path: Path, entries: dict[str, Any], data_bytes: int) -> dict
         size_bytes = math.prod(shape) * DTYPE_BYTES[dtype]
         if end - begin != size_bytes:
             _damaged(path, f"the shape and the offsets of {quoted(name)} disagree")
-        tensors[name] = TensorInfo(dtype, tuple(shape), size_bytes)
+        tensors[name] = TensorInfo(dtype, tuple(shape), size_bytes, start + begin)
         spans.append((begin, end))
     covered = 0
     for begin, end in sorted(spans):

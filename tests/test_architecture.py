@@ -14,10 +14,10 @@ LIGHT = [
     "version", "errors", "config", "train_config", "strict_yaml", "quiet", "files", "folders", "checkpoints", "devices",
     "tensor_files", "images", "prompts", "captions", "prepared_folder", "dataset", "recipe_dialects", "recipe", "jobs", "schedulers",
     "request", "named_files", "model_files", "model_shapes", "memory_plan", "model_source", "downloads", "estimate", "terminal",
-    "doors", "session", "flags", "arguments", "orders", "recipe_orders", "training_memory", "train_arguments",
+    "doors", "session", "flags", "arguments", "orders", "recipe_orders", "training_memory", "train_arguments", "lean_imports",
 ]  # fmt: skip
 HEAVY = [
-    "cpu_kernels", "cpu_layers", "optimizations", "base_models", "conditioning", "denoising", "lora", "drawn_recipe", "generator", "report", "preparation",
+    "cpu_kernels", "cpu_layers", "optimizations", "model_weights", "base_models", "conditioning", "denoising", "lora", "drawn_recipe", "generator", "report", "preparation",
     "diffusion", "training", "example_subject",
 ]  # fmt: skip
 DOORS = ["cli", "prepare_dataset", "train_lora", "bench"]
@@ -119,6 +119,8 @@ def test_diffusers_and_peft_stay_in_their_rooms() -> None:
     rooms = {
         "diffusers": {
             "base_models",
+            "model_weights",
+            "lean_imports",
             "schedulers",
             "optimizations",
             "denoising",
