@@ -23,7 +23,7 @@ import transformers
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
-from src import devices, downloads, model_files, model_source, model_weights
+from src import cpu_memory, devices, downloads, model_files, model_source, model_weights
 from src.config import AppConfig, ModelConfig, check_machine
 from src.errors import refused
 from src.model_files import Family
@@ -110,6 +110,7 @@ def load(config: AppConfig) -> LoadedModel:
     if wanted.vae:
         parts["vae"], vae_name = _load_other_vae(wanted.vae, parts["vae"], folder, dtype, cache, wanted.offline)
     pipeline = _assemble(family, parts)
+    cpu_memory.give_back()
     scheduler_config = dict(pipeline.scheduler.config)
     return LoadedModel(pipeline, family, source.name, folder, weights_path, vae_name, device, dtype, scheduler_config)
 
@@ -172,7 +173,8 @@ def _build(kind: Any, folder: Path, **changes: Any) -> Any:
 
 def _read(path: Path, dtype: torch.dtype, prefixes: tuple[str, ...] = ("",)) -> dict[str, torch.Tensor]:
     try:
-        return model_weights.read_tensors(path, dtype, prefixes)
+        with cpu_memory.for_weights():
+            return model_weights.read_tensors(path, dtype, prefixes)
     except OSError as error:
         raise refused(f"{path}: cannot be read ({error.strerror or error}); check its permissions and the disk") from None
 

@@ -17,6 +17,7 @@ import numpy
 import torch
 from PIL import Image
 
+from src import cpu_memory
 from src.conditioning import Conditioning, stack
 from src.errors import UserError
 
@@ -97,6 +98,7 @@ def denoise(
         latents = sampler(**arguments).images
     if pipeline.vae.dtype != vae_dtype:  # SDXL's inpainting pipeline casts it, on the assumption that it came in fp16
         pipeline.vae.to(vae_dtype)
+    cpu_memory.give_back()  # the decoder needs other sizes
     if not torch.isfinite(latents).all():
         raise NotFinite("the U-Net's output")
     return latents

@@ -62,7 +62,7 @@ def apply(pipeline: DiffusionPipeline, placement: Placement, options: Optimizati
     _make_vae_safe(pipeline)
     if not placement.on_card and not options.enable_torch_compile:  # a compiler does the same in its own way
         cpu_layers.prepare_for_drawing(pipeline.unet, exchange_attention=not options.enable_attention_slicing)
-        pipeline.vae.to(memory_format=torch.channels_last)
+        cpu_layers.prepare_decoding(pipeline.vae)
     if placement.offload == "model":
         pipeline.to("cpu")
         pipeline.enable_model_cpu_offload(device=device)

@@ -46,7 +46,8 @@ def apply(generator: TextToImageGenerator, placement: Placement, **switches: boo
 @pytest.fixture(autouse=True)
 def _cards_have_the_librarys_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU stands for a card in this file."""
-    monkeypatch.setattr(cpu_layers, "CAN_PACK", False)
+    monkeypatch.setattr(cpu_layers, "prepare_for_drawing", lambda *_, **__: None)
+    monkeypatch.setattr(cpu_layers, "prepare_decoding", lambda _: None)
 
 
 # -- the same picture in every memory mode

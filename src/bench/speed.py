@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from src.bench import random_models
 from src.config import PROJECT_FOLDER, AppConfig
 from src.errors import UserError
 
@@ -39,12 +40,11 @@ class Measured:
 
 def run(folder: Path, *, full: bool) -> Iterator[str]:
     """Draw with all sides and give the lines of the report. ``full``: a model of SD v1.5's shapes at 512x512, one round."""
-    from src.bench.train import write_random_model
     from src.model_files import EMBEDDED
 
     name, model, size_px, rounds = "embedded", EMBEDDED, 128, 3
     if full:
-        name, model, size_px, rounds = "SD v1.5's shapes, random weights", write_random_model(folder / "model"), 512, 1
+        name, model, size_px, rounds = "SD v1.5's shapes, random weights", random_models.write(folder / "model", "sd15"), 512, 1
     yield f"{name}, {size_px} px, {STEPS} steps, guidance on, batch size 1; median of {rounds} rounds in turn"
     yield f"{'':<12} {'load':>8} {'first':>8} {'next':>8} {'peak':>9}   a picture in"
     times: dict[str, list[Measured]] = {side: [] for side in SIDES}

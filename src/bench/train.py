@@ -17,8 +17,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from src.bench import random_models
 from src.config import PROJECT_FOLDER
 from src.errors import UserError
 
@@ -52,7 +52,7 @@ def run(folder: Path, *, full: bool, script: Path | None) -> Iterator[str]:
     yield f"reference: {script or 'the loop of train_text_to_image_lora.py'}; median of {ROUNDS} rounds in turn"
     sizes = [("embedded", str(EMBEDDED), 128, 8, 10), ("embedded", str(EMBEDDED), 128, 1, 24)]
     if full:
-        sizes = [("SD v1.5's shapes, random weights", str(write_random_model(folder / "model")), 512, 1, 5)]
+        sizes = [("SD v1.5's shapes, random weights", str(random_models.write(folder / "model", "sd15", "bf16")), 512, 1, 5)]
     for title, model, size_px, batch_size, steps in sizes:
         data = write_pictures(folder / f"data-{size_px}", size_px)
         for precision in ("no", "bf16"):
@@ -120,44 +120,6 @@ def write_pictures(folder: Path, size_px: int) -> Path:
         rows.append(json.dumps({"file_name": name, "text": CAPTION}))
     files.publish_bytes(folder / "metadata.jsonl", "\n".join(rows).encode())
     return folder
-
-
-def write_random_model(folder: Path) -> Path:
-    """A diffusers folder of SD v1.5's shapes with random weights in bf16 and the embedded model's tokenizer."""
-    import diffusers
-    import torch
-    from safetensors.torch import save
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    from src import files
-    from src.model_files import ARCHITECTURES, EMBEDDED
-
-    shapes = ARCHITECTURES / "sd15"
-    for path in (*shapes.rglob("*.json"), *(EMBEDDED / "tokenizer").iterdir()):
-        root = shapes if path.is_relative_to(shapes) else EMBEDDED
-        files.check_writable_folder((folder / path.relative_to(root)).parent)
-        files.publish_bytes(folder / path.relative_to(root), path.read_bytes())
-    index = json.loads((shapes / "model_index.json").read_bytes()) | {"safety_checker": [None, None]}
-    files.publish_bytes(folder / "model_index.json", json.dumps(index).encode())
-    with torch.device("meta"):
-        parts = {
-            "unet/diffusion_pytorch_model": diffusers.UNet2DConditionModel.from_config(str(shapes / "unet")),
-            "vae/diffusion_pytorch_model": diffusers.AutoencoderKL.from_config(str(shapes / "vae")),
-            "text_encoder/model": CLIPTextModel(CLIPTextConfig.from_pretrained(shapes / "text_encoder")),
-        }
-    torch.manual_seed(0)
-    for name, model in parts.items():
-        tensors = {key: _random(key, value) for key, value in model.state_dict().items() if value.is_floating_point()}
-        files.publish_bytes(folder / f"{name}.safetensors", save(tensors))
-    return folder
-
-
-def _random(name: str, like: Any) -> Any:
-    import torch
-
-    if like.ndim > 1:
-        return torch.randn(like.shape, dtype=torch.bfloat16) * 0.02
-    return torch.full(like.shape, float(name.endswith("weight")), dtype=torch.bfloat16)
 
 
 # What runs in the processes.
