@@ -16,7 +16,7 @@ from src.config import AppConfig, check_machine
 from src.errors import UserError, usage_error
 from src.jobs import STDIN, Journal, job_id, read_job_lines, source_name, split_flags
 from src.named_files import NamedFiles
-from src.processes import Processes
+from src.processes import ALONE, Processes
 from src.prompts import clean_prompt, expand_wildcards, extract_loras, unsupported_syntax
 from src.request import LoraChoice, PictureRequest
 from src.session import Job, Wishes
@@ -149,7 +149,7 @@ def share(jobs: Sequence[Job], processes: Processes) -> tuple[list[Job], int]:
     return parts, mine.start
 
 
-def check_surroundings(typed: dict[str, Any], config: AppConfig, processes: Processes) -> Wishes:
+def check_surroundings(typed: dict[str, Any], config: AppConfig, processes: Processes = ALONE) -> Wishes:
     """What must be right before a model is loaded: the output folder can be written, the model's name means something."""
     if typed.get("preview", 1) < 1:
         raise usage_error(f"--preview {typed['preview']}: give the number of steps between previews, 1 or more")

@@ -91,6 +91,9 @@ class Processes:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+ALONE = Processes()
+
+
 def from_environment(environment: Mapping[str, str] = os.environ) -> Processes:
     """Which of how many processes this is. Raises UserError (usage) where the environment contradicts itself."""
     count = _number(_COUNT, 1, environment)

@@ -20,13 +20,12 @@ from src import cli, processes, terminal
 from src.errors import ExitCode, UserError, usage_error
 from src.jobs import Journal
 from src.orders import share
-from src.processes import Processes, from_environment
+from src.processes import ALONE, Processes, from_environment
 from src.request import PictureRequest
 from src.session import Job
 
 ROOT = Path(__file__).parent.parent
 FAST = ["--model", "embedded", "--steps", "2"]
-ALONE = Processes()
 
 
 def drawn_in(folder: Path) -> dict[int, tuple[bytes, dict]]:
