@@ -27,6 +27,7 @@ from src import cpu_memory, devices, downloads, model_files, model_source, model
 from src.config import AppConfig, ModelConfig, check_machine
 from src.errors import refused
 from src.model_files import Family
+from src.processes import from_environment
 from src.tensor_files import read_header
 
 quiet.silence_libraries()  # and after: loggers and bars that exist only now
@@ -125,6 +126,7 @@ def pick_device(name: str) -> torch.device:
             card_count=torch.cuda.device_count() if torch.cuda.is_available() else 0,
             has_mps=torch.backends.mps.is_available(),
             why_no_card="this torch is built for the CPU alone" if for_cpu_alone else "torch finds no card",
+            processes=from_environment(),
         )
     )
 

@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from src.arguments import build_config, help_text, parse_arguments
-from src.doors import answer
+from src.config import AppConfig
+from src.doors import answer, guard
 from src.errors import ExitCode
+from src.processes import Processes, is_one_of_many_wanted
 from src.schedulers import list_schedulers
 from src.terminal import Terminal
 from src.version import VERSION
 
+if TYPE_CHECKING:
+    from src.recipe import ParsedRecipe
+    from src.session import Job, Wishes
+
+
+ON_INTERRUPT = "interrupted; the pictures finished so far are kept"
+
 
 def main(argv: Sequence[str]) -> int:
     """Run the program and return its exit code. Errors are one line; ``--debug`` adds the traceback."""
-    return answer(argv, _run, "interrupted; the pictures finished so far are kept", as_json="--json" in argv)
+    return answer(argv, _run, ON_INTERRUPT, as_json="--json" in argv)
 
 
 def _run(argv: Sequence[str], terminal: Terminal) -> int:
-    typed = parse_arguments(argv)
-    if _print_information(typed):
+    typed, together = parse_arguments(argv), terminal.processes
+    if _print_information(typed, together):
         return ExitCode.OK
     from src import orders, recipe_orders  # read pictures, recipes and job files; --help must not pay for that
 
@@ -33,37 +43,52 @@ def _run(argv: Sequence[str], terminal: Terminal) -> int:
         from src.estimate import estimate
 
         answer = estimate(config, orders.read_request(config, {"prompt": "-", **typed}, terminal.say))
-        print(json.dumps(answer.as_json()) if terminal.as_json else answer.text())
+        if together.is_first:
+            print(json.dumps(answer.as_json()) if terminal.as_json else answer.text())
         return ExitCode.OK
-    jobs = orders.read_jobs(typed, config, terminal.say)
-    wishes = orders.check_surroundings(typed, config)
+    orders.check_sharing(typed, together)
+    jobs, before = orders.share(orders.read_jobs(typed, config, terminal.say), together)
+    wishes = replace(orders.check_surroundings(typed, config, together), first_number=before)
+    if is_one_of_many_wanted():
+        terminal.say("share   accelerate started one process alone; --multi_gpu starts as many as are asked for, on a CPU, too")
+    together.end_with_launcher()
+    code = guard(argv, terminal, lambda: _draw(typed, config, recipe, jobs, wishes, terminal), ON_INTERRUPT)
+    if code != ExitCode.INTERRUPTED:
+        together.meet()
+    return code
 
-    from src import lean_imports, quiet
+
+def _draw(
+    typed: dict[str, Any], config: AppConfig, recipe: ParsedRecipe | None, jobs: list[Job], wishes: Wishes, terminal: Terminal
+) -> int:
+    """Load the model, if anything is left to draw, and draw the jobs."""
+    from src import lean_imports, quiet, recipe_orders
 
     quiet.silence_libraries(verbose="verbose" in typed)
     with lean_imports.for_drawing(config.optimization):
         from src.generator import TextToImageGenerator  # torch: seconds, paid only when all that was typed is right
     from src.session import Session
 
+    if (threads := terminal.processes.cpu_threads()) is not None:
+        import torch
+
+        torch.set_num_threads(threads)
     generator = TextToImageGenerator(config, terminal.say)
     generator.allow_partial = "allow_partial" in typed
     session = Session(generator, terminal, wishes)
     if session.has_work(jobs):
         generator.load_model()
-    if recipe is not None:
+    if recipe is not None and jobs:
         model = generator.model
         recipe_orders.compare_with_recipe(recipe, generator.weights_sha256(), model.precision, model.device_name, terminal.say)
+    terminal.each_speaks = True
     return session.run(jobs)
 
 
-def _print_information(typed: dict[str, Any]) -> bool:
+def _print_information(typed: dict[str, Any], together: Processes) -> bool:
     """Answer --help and its like; whether that was what was asked."""
-    if "help" in typed:
-        print(help_text())
-    elif "version" in typed:
-        print(VERSION)
-    elif "list_schedulers" in typed:
-        print(list_schedulers())
-    else:
-        return False
-    return True
+    answers = {"help": help_text, "version": lambda: VERSION, "list_schedulers": list_schedulers}
+    wanted = next((answer for name, answer in answers.items() if name in typed), None)
+    if wanted is not None and together.is_first:
+        print(wanted())
+    return wanted is not None

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from src.errors import usage_error
+from src.processes import Processes
 
 NVML_LIBRARY = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
 NAME_BYTES = 96  # NVML_DEVICE_NAME_V2_BUFFER_SIZE
@@ -79,13 +80,18 @@ def has_apple_gpu() -> bool:
     return sys.platform == "darwin" and platform.machine() == "arm64"
 
 
-def pick_device(name: str, *, card_count: int, has_mps: bool, why_no_card: str = "no card is found") -> str:
+def pick_device(
+    name: str, *, card_count: int, has_mps: bool, why_no_card: str = "no card is found", processes: Processes | None = None
+) -> str:
     """``auto`` -> the first of cuda, mps and cpu that is there; a device that is named, as it is.
 
-    ``name`` has passed ``config.check_machine``. Raises UserError (usage) for a device that is not there.
+    Each of several ``processes`` on this machine has a card of its own. ``name`` has passed ``config.check_machine``.
+    Raises UserError (usage) for a device that is not there.
     """
     if name == "auto":
-        return "cuda" if card_count else "mps" if has_mps else "cpu"
+        name = "cuda" if card_count else "mps" if has_mps else "cpu"
+    if name.startswith("cuda") and card_count and processes is not None and processes.local_count > 1:
+        return _own_card(name, card_count, processes)
     kind, _, number = name.partition(":")
     if kind == "cuda" and not card_count:
         way_out = "use --device cpu, or install the torch for your card"
@@ -95,6 +101,18 @@ def pick_device(name: str, *, card_count: int, has_mps: bool, why_no_card: str =
     if kind == "mps" and not has_mps:
         raise usage_error("device 'mps' is only on Macs with Apple silicon; use --device cpu")
     return name
+
+
+def _own_card(name: str, card_count: int, processes: Processes) -> str:
+    """The card of one of several processes on this machine."""
+    if ":" in name:
+        raise usage_error(f"device '{name}' is one card for {processes.local_count} processes; say --device cuda, or nothing")
+    if processes.local_count > card_count:
+        raise usage_error(
+            f"{processes.local_count} processes were started for {card_count} cards; "
+            f"accelerate launch --num_processes {card_count} starts one a card, --device cpu draws without cards"
+        )
+    return f"cuda:{processes.local_index}"
 
 
 def pick_precision(name: str, *, on_card: bool, cpu_bf16: bool) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
+from src import processes
 from src.errors import ExitCode, UserError, explain_unexpected
 from src.terminal import Terminal
 
@@ -14,8 +15,18 @@ def answer(
 ) -> int:
     """Run ``action(argv, terminal)`` and return the exit code; ``on_interrupt`` is said after Ctrl-C."""
     terminal = Terminal(as_json=as_json)
-    try:
+
+    def start() -> int:
+        terminal.processes = processes.from_environment()
         return action(argv, terminal)
+
+    return guard(argv, terminal, start, on_interrupt)
+
+
+def guard(argv: Sequence[str], terminal: Terminal, action: Callable[[], int], on_interrupt: str) -> int:
+    """Run ``action()`` and return its exit code, or that of the error it ends with, which is said."""
+    try:
+        return action()
     except UserError as error:
         if "--debug" in argv:
             import traceback
@@ -24,6 +35,7 @@ def answer(
         terminal.error(str(error), error.exit_code)
         return error.exit_code
     except KeyboardInterrupt:
+        terminal.each_speaks = False
         terminal.say(on_interrupt)
         return ExitCode.INTERRUPTED
     except BrokenPipeError:  # the reader of our output is gone, e.g. `| head`

@@ -33,6 +33,7 @@ from src.model_files import (
     vae_folder,
 )
 from src.model_source import cached_snapshot, is_offline, user_cache
+from src.processes import from_environment
 
 if TYPE_CHECKING:
     from tqdm.auto import tqdm
@@ -130,6 +131,7 @@ def _fetch(
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
     endpoint = (os.environ.get("HF_ENDPOINT") or PUBLIC_ENDPOINT).rstrip("/")
+    progress = progress and from_environment().is_first
     with _one_line_errors(model_id, revision, endpoint, cache), _one_bar(model_id, progress) as bar:
         info = HfApi(endpoint=endpoint).model_info(model_id, revision=revision, files_metadata=True, timeout=TIMEOUT_S)
         sizes_bytes = {item.rfilename: item.size or 0 for item in info.siblings or []}

@@ -39,6 +39,7 @@ def describe_picture(
     """The recipe of one picture; ``request`` is that picture's own: its seed, its prompt with wildcards filled in."""
     configured = {name: section for name, section in config.to_dict().items() if name != "paths"}
     configured["generation"] = {item.name: getattr(request, item.name) for item in fields(GenerationConfig)}
+    configured["generation"]["num_images"] = 1  # with how many others it was drawn depends on who shares the work
     return Recipe(
         mode=request.mode,
         prompt=request.prompt,

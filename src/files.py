@@ -23,6 +23,8 @@ from typing import Any
 
 from src.errors import UserError, not_found, refused, usage_error
 
+Announce = Callable[[Path, bytes], None]
+
 MAX_NAME_BYTES = 120
 _CHUNK_BYTES = 1 << 20
 _RACY_NS = 2_000_000_000  # the coarsest file clock in use (FAT) ticks every 2 s
@@ -58,17 +60,24 @@ def publish_bytes(path: Path, data: bytes, *, exclusive: bool = False) -> Path:
     return target
 
 
-def publish_numbered(folder: Path, name_of: Callable[[int], str], data: bytes, start: int = 0) -> Path:
+def publish_numbered(
+    folder: Path, name_of: Callable[[int], str], data: bytes, start: int = 0, announce: Announce | None = None
+) -> Path:
     """Save ``data`` under the first free name of ``name_of(start)``, ``name_of(start + 1)``, ... and return its path.
 
     ``name_of`` gives a different file name for each number. Any number of processes may do so in one folder: a name is
     taken in one step that fails if another process has it, so nothing is lost or overwritten, whatever the clock says.
+    ``announce(path, data)`` is called just before a name is tried.
     Raises UserError (failure) when the disk says no.
     """
     folder = Path(os.path.realpath(folder))
     with named_errors(folder / name_of(start), len(data)), _durable_temporary(folder, data) as temporary:
         for number in itertools.count(start):
             target = folder / name_of(number)
+            if os.path.lexists(target):
+                continue
+            if announce is not None:
+                announce(target, data)
             with contextlib.suppress(FileExistsError):
                 _name_exclusively(temporary, target)
                 flush_folder(folder)

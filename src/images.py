@@ -23,7 +23,7 @@ from typing import BinaryIO
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin, features
 
 from src.errors import UserError, refused
-from src.files import publish_numbered, require_file, safe_join
+from src.files import Announce, publish_numbered, require_file, safe_join
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 _HAS_AVIF = features.check("avif")  # Pillow may have been built without
@@ -148,7 +148,7 @@ def encode_png(image: Image.Image, text: dict[str, str]) -> bytes:
     return file.getvalue()
 
 
-def save_picture(image: Image.Image, folder: Path, stem: str, start: int = 0) -> Path:
+def save_picture(image: Image.Image, folder: Path, stem: str, start: int = 0, announce: Announce | None = None) -> Path:
     """Save as ``STEM_NNN.png`` under the first free number from ``start``, with the texts in ``image.info``; returns the path.
 
     Other values in ``image.info`` stay out of the file. Raises UserError: refused for a stem that is no plain file name,
@@ -158,7 +158,7 @@ def save_picture(image: Image.Image, folder: Path, stem: str, start: int = 0) ->
         raise refused(f"{stem!r}: is no start of a file name; name the folder apart from it")
     safe_join(folder, f"{stem}_{start:03d}.png")
     text = {key: value for key, value in image.info.items() if isinstance(value, str)}
-    path = publish_numbered(folder, lambda number: f"{stem}_{number:03d}.png", encode_png(image, text), start)
+    path = publish_numbered(folder, lambda number: f"{stem}_{number:03d}.png", encode_png(image, text), start, announce)
     return folder / path.name  # as the folder was given, not as it resolves
 
 

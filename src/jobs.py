@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import shlex
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from src.errors import refused, usage_error
-from src.files import append_line, require_file
+from src.files import append_line, require_file, sha256_of
 from src.prompts import decode_utf8
 
 MAX_JOB_FILE_BYTES = 64 << 20
@@ -90,42 +91,57 @@ def job_id(settings: Mapping[str, Any], occurrence: int) -> str:
 @dataclass(slots=True)
 class _Progress:
     seed: int
-    files: dict[int, str] = field(default_factory=dict)  # picture index -> file name
+    files: dict[int, list[tuple[str, str | None]]] = field(default_factory=dict)  # picture index -> names, SHA-256 if announced
 
 
 class Journal:
-    """What earlier runs into a folder have finished: one JSON line per picture, appended after the picture is on disk.
+    """What earlier runs into a folder have finished: a JSON line per picture, appended after the picture is on disk.
+
+    Before that a line with its SHA-256 announces it: after a kill between the two, the file is known by its content.
 
     A line says ``{"job": ..., "index": ..., "seed": ..., "file": ...}``. Lines that are torn or not ours do not count.
+    Each of several processes writes a file of its own, because lines that two machines append to one file of a network
+    drive can fall on each other; all of them are read.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Open the journal ``path``, which lies in the folder of its pictures and need not exist yet."""
-        self.path = path
+    def __init__(self, path: Path, process: int = 0) -> None:
+        """Open the journal ``path``, which lies in the folder of its pictures and need not exist yet.
+
+        ``process`` writes to ``path`` itself if it is 0, else to ``STEM-process.SUFFIX`` beside it.
+        """
+        self.path = path.with_name(f"{path.stem}-{process}{path.suffix}") if process else path
         self._jobs: dict[str, _Progress] = {}
-        if path.exists():
-            for line in _read_file(path).split(b"\n"):
+        others = path.parent.glob(f"{glob.escape(path.stem)}-[0-9]*{glob.escape(path.suffix)}")
+        for written in [path, *sorted(others)]:
+            for line in _read_file(written).split(b"\n") if written.exists() else ():
                 self._remember(line)
 
     def finished(self, job: str, index: int) -> Path | None:
         """The file of a job's picture if it was finished and is still there."""
         progress = self._jobs.get(job)
-        name = progress.files.get(index) if progress else None
-        return self.path.parent / name if name and (self.path.parent / name).is_file() else None
+        for name, sha256 in reversed(progress.files.get(index, ()) if progress else ()):
+            path = self.path.parent / name
+            if path.is_file() and sha256 in (None, sha256 and sha256_of(path)):
+                return path
+        return None
 
     def seed_of(self, job: str) -> int | None:
         """The seed that an earlier run drew for a job, so that its other pictures belong to those that are there."""
         progress = self._jobs.get(job)
         return progress.seed if progress else None
 
-    def record(self, job: str, index: int, path: Path, seed: int) -> None:
+    def announce(self, job: str, index: int, path: Path, seed: int, data: bytes) -> None:
+        """Note that ``data`` is about to become the file ``path``, unless another process takes that name first."""
+        self.record(job, index, path, seed, sha256=hashlib.sha256(data).hexdigest())
+
+    def record(self, job: str, index: int, path: Path, seed: int, **more: str) -> None:
         """Note a finished picture. ``seed`` is the job's, which picture ``index`` adds its index to.
 
         Raises ValueError for a picture outside the journal's folder, UserError when the disk says no.
         """
         if path.resolve().parent != self.path.resolve().parent:
             raise ValueError(f"{path} does not lie beside the journal {self.path}")
-        line = json.dumps({"job": job, "index": index, "seed": seed, "file": path.name})
+        line = json.dumps({"job": job, "index": index, "seed": seed, "file": path.name, **more})
         append_line(self.path, line)
         self._remember(line.encode())
 
@@ -133,8 +149,9 @@ class Journal:
         try:
             entry = json.loads(line)
             job, index, seed, name = (entry[key] for key in ("job", "index", "seed", "file"))
+            sha256 = entry.get("sha256")
         except (ValueError, TypeError, LookupError, RecursionError):
             return
         is_ours = isinstance(job, str) and type(index) is int and type(seed) is int and isinstance(name, str)
         if is_ours and index >= 0 and seed >= 0 and name not in {".", ".."} and not set(name) & set("/\\\0"):
-            self._jobs.setdefault(job, _Progress(seed)).files[index] = name
+            self._jobs.setdefault(job, _Progress(seed)).files.setdefault(index, []).append((name, sha256))

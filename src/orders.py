@@ -6,16 +6,17 @@ import copy
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 from src import devices, files, model_source
 from src.arguments import FLAG_OF, apply_typed, parse_job
 from src.config import AppConfig, check_machine
 from src.errors import UserError, usage_error
-from src.jobs import Journal, job_id, read_job_lines, source_name, split_flags
+from src.jobs import STDIN, Journal, job_id, read_job_lines, source_name, split_flags
 from src.named_files import NamedFiles
+from src.processes import ALONE, Processes
 from src.prompts import clean_prompt, expand_wildcards, extract_loras, unsupported_syntax
 from src.request import LoraChoice, PictureRequest
 from src.session import Job, Wishes
@@ -115,7 +116,40 @@ def _read_job(text: str, typed: dict[str, Any], config: AppConfig, say: Say, nam
     return read_request(config, {**shared, **own}, say, named)
 
 
-def check_surroundings(typed: dict[str, Any], config: AppConfig) -> Wishes:
+def check_sharing(typed: dict[str, Any], processes: Processes) -> None:
+    """Raise UserError (usage) for what several processes cannot do together."""
+    if not processes.are_several:
+        return
+    if typed.get("prompts") == STDIN:
+        raise usage_error(f"--prompts -: {processes.count} processes cannot read one input; write the jobs into a file")
+    if "grid" in typed:
+        raise usage_error(f"--grid: each of the {processes.count} processes sees its own pictures alone; leave it out")
+
+
+def share(jobs: Sequence[Job], processes: Processes) -> tuple[list[Job], int]:
+    """What this process draws of the jobs, and how many pictures come before: it is given consecutive ones of them all.
+
+    A job without a seed is not divided, because its pictures hang together by one that is drawn; it goes where its first
+    picture goes. A line that is wrong counts as one picture. Raises UserError (usage) for an order that cannot be shared.
+    """
+    if not processes.are_several:
+        return list(jobs), 0
+    counts = [1 if job.request is None else job.request.num_images for job in jobs]
+    mine, parts, first = processes.share(sum(counts)), [], 0
+    for job, count in zip(jobs, counts):
+        if job.request is not None and job.request.seed is not None:
+            own = range(max(mine.start - first, 0), min(mine.stop - first, count))
+        else:
+            own = range(count if first in mine else 0)
+            if job.line is None and count > 1:
+                raise usage_error(f"{processes.count} processes draw one order together only with a seed; add --seed N")
+        if own:
+            parts.append(replace(job, share=own))
+        first += count
+    return parts, mine.start
+
+
+def check_surroundings(typed: dict[str, Any], config: AppConfig, processes: Processes = ALONE) -> Wishes:
     """What must be right before a model is loaded: the output folder can be written, the model's name means something."""
     if typed.get("preview", 1) < 1:
         raise usage_error(f"--preview {typed['preview']}: give the number of steps between previews, 1 or more")
@@ -130,12 +164,12 @@ def check_surroundings(typed: dict[str, Any], config: AppConfig) -> Wishes:
         model_source.resolve_vae(model.vae, cache, model.offline)
     journal = None
     if "prompts" in typed and "redo" not in typed:
-        journal = Journal(folder / JOURNAL)
+        journal = Journal(folder / JOURNAL, processes.index)
     return Wishes(
         folder,
         config.paths.prefix,
         grid="grid" in typed,
-        preview_every=typed.get("preview"),
+        preview_every=typed.get("preview") if processes.is_first else None,
         metadata="no_metadata" not in typed,
         debug="debug" in typed,
         journal=journal,

@@ -33,6 +33,12 @@ class Job:
     error: UserError | None = None
     line: int | None = None
     id: str = ""
+    share: range | None = None  # the pictures of it that this process draws; None: all
+
+    @property
+    def pictures(self) -> range:
+        """The indices of the pictures to draw."""
+        return range(self.request.num_images) if self.share is None else self.share
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,7 @@ class Wishes:
     metadata: bool = True
     debug: bool = False  # show the tracebacks of unexpected errors
     journal: Journal | None = None  # with one, finished pictures are not drawn again
+    first_number: int = 0  # of the files; several processes count on from each other
 
 
 class Session:
@@ -103,12 +110,12 @@ class Session:
         journal = self._wishes.journal
         if journal is None or job.request is None:
             return {}
-        found = {index: journal.finished(job.id, index) for index in range(job.request.num_images)}
+        found = {index: journal.finished(job.id, index) for index in job.pictures}
         return {index: path for index, path in found.items() if path is not None}
 
     def _missing(self, job: Job) -> list[int]:
         finished = self._finished(job)
-        return [index for index in range(job.request.num_images) if index not in finished]
+        return [index for index in job.pictures if index not in finished]
 
     def _draw(self, job: Job) -> None:
         if job.request is None:
@@ -118,7 +125,7 @@ class Session:
         finished = self._finished(job)
         for path in finished.values():
             self._terminal.skipped(path, job.line or 0)
-        for first, count in _gaps(job.request.num_images, finished):
+        for first, count in _gaps(job.pictures, finished):
             self._draw_part(job, first, count)
 
     def _draw_part(self, job: Job, first: int, count: int) -> None:
@@ -136,10 +143,16 @@ class Session:
         drawn = picture.info["drawn"]
         if not self._wishes.metadata:
             picture.info = {}
-        path = images.save_picture(picture, self._wishes.folder, self._stem, self._saved)
+        journal, seed, number = self._wishes.journal, job.request.seed, self._wishes.first_number + self._saved
+
+        def announce(path: Path, data: bytes) -> None:
+            if journal is not None:
+                journal.announce(job.id, index, path, seed, data)
+
+        path = images.save_picture(picture, self._wishes.folder, self._stem, number, announce)
         self._saved += 1
-        if self._wishes.journal is not None:
-            self._wishes.journal.record(job.id, index, path, job.request.seed)
+        if journal is not None:
+            journal.record(job.id, index, path, seed)
         if self._wishes.grid:
             self._keep_for_grid(picture, drawn.seed)
         facts = {
@@ -182,11 +195,11 @@ class Session:
         files.publish_bytes(self._preview_path, images.encode_png(images.contact_sheet(pictures), {}))
 
 
-def _gaps(count: int, finished: dict[int, Path]) -> Iterator[tuple[int, int]]:
-    """Runs of consecutive indices below ``count`` that are not finished, as (first, length)."""
+def _gaps(pictures: range, finished: dict[int, Path]) -> Iterator[tuple[int, int]]:
+    """Runs of consecutive indices in ``pictures`` that are not finished, as (first, length)."""
     first = None
-    for index in range(count + 1):
-        missing = index < count and index not in finished
+    for index in range(pictures.start, pictures.stop + 1):
+        missing = index < pictures.stop and index not in finished
         if missing and first is None:
             first = index
         elif not missing and first is not None:

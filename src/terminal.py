@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from src.errors import ExitCode
+from src.processes import Processes
+
+FIRST_SPEAKS_S = 2.0  # what another process waits before it says a mistake that the first one has found, too
 
 
 class Terminal:
-    """Writes for people or, with ``as_json``, for scripts: then stdout holds JSON lines alone."""
+    """Writes for people or, with ``as_json``, for scripts: then stdout holds JSON lines alone.
+
+    Of several ``processes`` the first speaks for all, until ``each_speaks``: then a line begins with who says it.
+    """
 
     def __init__(self, as_json: bool = False) -> None:
         self.as_json = as_json
+        self.processes = Processes()
+        self.each_speaks = False
         self._bar: Any = None
 
     def say(self, line: str) -> None:
         """A line on stderr, above the progress bar if there is one."""
-        self._write(line, sys.stderr)
+        if self.each_speaks and self.processes.are_several:
+            self._write(f"process {self.processes.index}: {line}", sys.stderr)
+        elif self.processes.is_first:
+            self._write(line, sys.stderr)
 
     def picture(self, path: Path, facts: dict[str, Any]) -> None:
         """A finished picture: a line of JSON, or its path and what one wants to know of it."""
@@ -38,6 +50,9 @@ class Terminal:
 
     def error(self, message: str, exit_code: ExitCode, line_number: int | None = None) -> None:
         """What could not be done, on stderr; in JSON also on stdout, so that no job goes without an answer."""
+        if not self.processes.is_first and not self.each_speaks:
+            time.sleep(FIRST_SPEAKS_S)  # it is most likely everybody's; then a launcher ends this process meanwhile
+            self.each_speaks = True
         place = {} if line_number is None else {"line": line_number}
         if self.as_json:
             self._write(json.dumps({"error": message, "exit_code": int(exit_code), **place}), sys.stdout)
@@ -48,7 +63,8 @@ class Terminal:
         from tqdm import tqdm  # here, because --help must not pay for it
 
         self._bar = tqdm(
-            total=steps, unit="it", file=sys.stderr, disable=None, leave=False, dynamic_ncols=True,
+            total=steps, unit="it", file=sys.stderr, leave=False, dynamic_ncols=True,
+            disable=None if self.processes.is_first else True,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]",
         )  # fmt: skip
 

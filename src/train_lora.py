@@ -52,10 +52,9 @@ def _run(argv: Sequence[str], terminal: Terminal) -> int:
         result = estimate(run)
         print(json.dumps(result.as_json()) if terminal.as_json else result.text())
         return ExitCode.OK
-    is_main = os.environ.get("RANK", "0") == "0"  # accelerate starts one process a card, and numbers them
-    say = terminal.say if is_main else lambda line: None
+    say = terminal.say
     store = CheckpointFolder(Path(run.train.output_dir).expanduser(), say)
-    with store.lock() if is_main else contextlib.nullcontext():
+    with store.lock() if terminal.processes.is_first else contextlib.nullcontext():
         checkpoint = _find_checkpoint(store, typed)
         if checkpoint is not None:
             run = _resumed_run(checkpoint, typed)

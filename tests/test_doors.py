@@ -19,10 +19,10 @@ def run_door(tmp_path: Path):
     (tmp_path / "sitecustomize.py").write_text("\n".join(lines))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
 
-    def run(*arguments: str, door: str = "main.py") -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str, door: str = "main.py", **more: str) -> subprocess.CompletedProcess[str]:
         module = ["-m", door] if door.startswith("src.") else [str(ROOT / door)]
         command = [sys.executable, *module, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60)
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment | more, timeout=60)
 
     return run
 
@@ -111,6 +111,16 @@ def test_the_other_doors_are_instant_too(run_door, door: str, arguments: list[st
     assert result.returncode == code, result.stderr
     assert expected in (result.stderr if code else result.stdout)
     assert len(result.stderr.strip().splitlines()) == (1 if code else 0)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["test", "--estimate-vram"]])
+def test_of_several_processes_the_first_answers_and_none_needs_torch(run_door, arguments: list[str]) -> None:
+    alone, *several = [run_door(*arguments, RANK=index, WORLD_SIZE=count) for index, count in ("01", "02", "12")]
+    assert [result.returncode for result in (alone, *several)] == [0, 0, 0]
+    assert [bool(result.stdout) for result in several] == [True, False]
+    mistake = run_door("test", "--stps", "3", RANK="1", WORLD_SIZE="2")
+    assert (mistake.returncode, mistake.stderr.count("\n")) == (2, 1)
+    assert mistake.stderr.startswith("process 1: error: unknown argument")
 
 
 def test_an_estimate_for_a_program_is_json(run_door) -> None:

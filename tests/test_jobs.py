@@ -199,6 +199,15 @@ def test_the_first_seed_and_the_last_file_of_a_job_count(tmp_path: Path, picture
         assert (known.finished("aa", 0), known.seed_of("aa")) == (again, 7)
 
 
+def test_a_picture_that_was_announced_counts_if_it_became_that_file(tmp_path: Path, picture: Path) -> None:
+    """Killed after the file had its name and before the journal had its line; or before, and the name is another's."""
+    path = tmp_path / "journal.jsonl"
+    Journal(path).announce("aa", 0, picture, seed=7, data=b"png")
+    Journal(path).announce("aa", 1, picture, seed=7, data=b"another")
+    Journal(path).announce("aa", 2, tmp_path / "never.png", seed=7, data=b"png")
+    assert [Journal(path).finished("aa", index) for index in range(3)] == [picture, None, None]
+
+
 def test_a_journal_cut_anywhere_loses_only_its_last_line(tmp_path: Path, picture: Path) -> None:
     path = tmp_path / "journal.jsonl"
     journal = Journal(path)

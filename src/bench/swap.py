@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import save
 
 from src import files
-from src.lora.reading import read_adapter
+from src.lora.reading import Adapter, read_adapter
 from src.lora.stack import AdapterStack
 from src.model_files import ARCHITECTURES
 
@@ -28,17 +29,33 @@ def run(folder: Path) -> list[str]:
     paths = [_write_adapter(unet, folder / f"adapter_{seed}.safetensors", seed) for seed in (1, 2)]
     adapters = [read_adapter(path) for path in paths]
     stack = AdapterStack(SimpleNamespace(unet=unet), "SD1")
-    rows = {
-        "read a file and check it": [_time_ms(read_adapter, path) for path in paths * 5],
-        f"swap, {SWAPS} times": [_time_ms(stack.set, [(adapters[index % 2], 0.8)]) for index in range(SWAPS)],
-        "take off": [_time_ms(stack.clear)],
-    }
+    rows = {"read a file and check it": [_time_ms(read_adapter, path) for path in paths * 5]}
+    _swap(stack, adapters, 2)
+    before = _living()
+    rows[f"swap, {SWAPS} times"] = _swap(stack, adapters, SWAPS)
+    after = _living()
+    rows["take off"] = [_time_ms(stack.clear)]
     hooks = sum(len(module._forward_hooks) for module in unet.modules())
+    unet.compile_repeated_blocks()
+    _swap(stack, adapters, 1)  # new hooks: compiled code is forgotten once
+    rows["swap in a compiled U-Net"] = _swap(stack, adapters, SWAPS)
     title = (
         f"SD v1.5's U-Net; adapters of {len(adapters[0].layers)} layers, rank {RANK}, {paths[0].stat().st_size / 1e6:.1f} MB"
     )
     lines = [f"{name:<26} {statistics.median(times):6.1f} ms, at most {max(times):.1f}" for name, times in rows.items()]
-    return [title, *lines, f"hooks left behind: {hooks}"]
+    grown = f"grown by {SWAPS} swaps: {after[0] - before[0]} tensors, {(after[1] - before[1]) / 1e6:.1f} MB"
+    return [title, *lines, f"{grown}; hooks left behind: {hooks}"]
+
+
+def _swap(stack: AdapterStack, adapters: Sequence[Adapter], times: int) -> list[float]:
+    return [_time_ms(stack.set, [(adapters[index % 2], 0.8)]) for index in range(times)]
+
+
+def _living() -> tuple[int, int]:
+    """The tensors that there are, and the bytes of their storages."""
+    gc.collect()
+    storages = [item.untyped_storage() for item in gc.get_objects() if type(item) in (torch.Tensor, torch.nn.Parameter)]
+    return len(storages), sum({item.data_ptr(): item.nbytes() for item in storages}.values())
 
 
 def _random_unet() -> torch.nn.Module:

@@ -5,6 +5,10 @@ output. No weight of the model is ever changed, so taking the hooks off gives th
 is exchanged in milliseconds, without reading the model again and wherever its weights lie (card, memory or, offloaded,
 nowhere yet): accelerate's offloading replaces ``module.forward``, and hooks run around that.
 
+In a compiled model hooks stay where they once were and only what they add is exchanged, filled up with zeros to the largest
+rank so far: the compiled code fits as it is. It is made anew when layers come in that no adapter has touched yet, and once
+more when a rank grows or a DoRA comes or goes.
+
 A weight other than 1 goes part of the way, or beyond, from the model's weight to the adapted one; for a DoRA, too, as in
 A1111 and ComfyUI.
 
@@ -73,7 +77,8 @@ class AdapterStack:
         }
         self._aliases = {component: module_aliases(component, modules) for component, modules in self._modules.items()}
         self._attached: tuple[tuple[Adapter, float], ...] = ()
-        self._handles: list[Any] = []
+        self._hooks: dict[nn.Module, tuple[_LowRankSum, Any]] = {}  # and the handle to remove it by
+        self._watched: set[nn.Module] = set()  # compiled models, whose hooks are made ready before each call
 
     def match(self, adapter: Adapter, allow_partial: bool = False) -> LoraReport:
         """Say what ``adapter`` would touch, without attaching it. Raises UserError (refused) as `set` does."""
@@ -142,13 +147,37 @@ class AdapterStack:
         return found, report
 
     def _replace_hooks(self, parts: Mapping[nn.Module, Sequence[tuple[LoraLayer, float]]]) -> None:
-        hooks = {module: _LowRankSum(module, part) for module, part in parts.items()}
-        for handle in self._handles:
-            handle.remove()
-        self._handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
+        compiled = {model for model in self._models.values() if _is_compiled(model)}
+        within = {module for model in compiled for module in model.modules()}
+        stay = {module: hook for module, (hook, _) in self._hooks.items() if module in within}
+        # First of all, because a DoRA may be refused here, and then nothing shall have changed.
+        made = {module: _LowRankSum(module, parts.get(module, ())) for module in {**stay, **parts}}
+        for module, (_, handle) in self._hooks.items():
+            if module not in stay:
+                handle.remove()
+        kept = {module: self._hooks[module] for module in stay}
+        for module, hook in stay.items():
+            hook.become(made[module])
+        new = {module: hook for module, hook in made.items() if module not in stay}
+        self._hooks = kept | {module: (hook, module.register_forward_hook(hook)) for module, hook in new.items()}
+        for model in compiled - self._watched:
+            model.register_forward_pre_hook(self._make_ready, with_kwargs=True)
+        self._watched |= compiled
         # Compiled code does not look again whether a module has hooks: unless it is forgotten, the change would go unseen.
-        if any(part._compiled_call_impl is not None for model in self._models.values() for part in model.modules()):
+        if within & new.keys():
             torch.compiler.reset()
+
+    def _make_ready(self, model: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Fold what is new outside of compiled code, which would be made anew for it."""
+        device = next(value.device for value in (*arguments, *named.values()) if isinstance(value, Tensor))
+        modules = self._modules[next(component for component, known in self._models.items() if known is model)]
+        for module in modules.values():
+            if module in self._hooks:
+                self._hooks[module][0].make_ready(device, model.dtype)
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any(part._compiled_call_impl is not None for part in model.modules())
 
 
 class _LowRankSum:
@@ -164,6 +193,7 @@ class _LowRankSum:
     def __init__(self, module: nn.Module, parts: Sequence[tuple[LoraLayer, float]]) -> None:
         self._weight_shape = _weight_shape(module)
         self._parts = parts
+        self._least_rank = 0  # zeros fill up to it
         self._gains = [None if layer.magnitude is None else _gain(module, layer) for layer, _ in parts]
         self._bias: Tensor | None = None
         if any(gain is not None for gain in self._gains) and module.bias is not None:
@@ -174,6 +204,18 @@ class _LowRankSum:
         self._row_gain: Tensor | None = None  # the sum of w * (gain - 1)
         self._column_gain: Tensor | None = None
         self._offset: Tensor | None = None
+
+    def become(self, other: _LowRankSum) -> None:
+        """Add from now on what ``other`` does, in products of no smaller a rank than before."""
+        rank = max(self._least_rank, sum(layer.rank for layer, _ in self._parts))
+        for name, value in vars(other).items():
+            setattr(self, name, value)
+        self._least_rank = rank
+
+    def make_ready(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Fold now, if that has not been done yet."""
+        if self._down is None:
+            self._fold(device, dtype)
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         # The output says where and in which precision the module computes; its weight may be offloaded or stored smaller.
@@ -212,6 +254,9 @@ class _LowRankSum:
                 down = down * gain
             downs.append(down)
             ups.append(up)
+        if (missing := self._least_rank - sum(layer.rank for layer, _ in self._parts)) > 0:
+            downs.append(torch.zeros(missing, *rest, device=device))
+            ups.append(torch.zeros(out, missing, device=device))
         self._down = torch.cat(downs).to(dtype)  # (R, in) or (R, in, h, w)
         self._up = torch.cat(ups, dim=1).reshape(out, -1, *tail).to(dtype)  # (out, R) or (out, R, 1, 1)
         kinds = {gain.ndim == 1 for gain in self._gains if gain is not None}
