@@ -17,7 +17,7 @@ LIGHT = [
     "doors", "session", "flags", "arguments", "orders", "recipe_orders", "training_memory", "train_arguments",
 ]  # fmt: skip
 HEAVY = [
-    "cpu_kernels", "cpu_layers", "optimizations", "base_models", "conditioning", "denoising", "lora", "drawn_recipe", "generator", "report", "preparation",
+    "cpu_kernels", "cpu_layers", "optimizations", "base_models", "conditioning", "guidance_interval", "step_cache", "token_merging", "denoising", "lora", "drawn_recipe", "generator", "report", "preparation",
     "diffusion", "training", "example_subject",
 ]  # fmt: skip
 DOORS = ["cli", "prepare_dataset", "train_lora", "bench"]
