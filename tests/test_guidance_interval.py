@@ -153,3 +153,22 @@ def test_a_unet_that_is_told_the_scale_is_never_halved(tmp_path) -> None:
     limited = generator.generate(PROMPT, num_images=2, batch_size=2, guidance_end=0.5)
     assert [difference(*pair) for pair in zip(plain, limited)] == [0, 0]
     assert difference(*plain) > 1
+
+
+@pytest.mark.parametrize("make", [pipelines.sd1, pipelines.sdxl])
+def test_outside_both_halves_are_the_prompts(make) -> None:
+    """The second half of every input, the first being the negative prompt's; the limits themselves are inside."""
+    unet, random = make().unet, torch.Generator().manual_seed(0)
+    sample, text = (torch.randn(shape, generator=random) for shape in ((4, 4, 8, 8), (4, 7, unet.config.cross_attention_dim)))
+    named = {"encoder_hidden_states": 10 * text, "return_dict": False}
+    if unet.config.addition_embed_type:
+        pooled, sizes = torch.randn(4, 40, generator=random), torch.full((4, 6), 64.0)
+        named["added_cond_kwargs"] = {"text_embeds": 10 * pooled, "time_ids": sizes}
+    with torch.no_grad():
+        (whole,), (later,) = (unet(sample, torch.tensor(time), **named) for time in (500, 501))
+        limit_guidance(unet, 0.5, 0.9, 1000)
+        assert torch.equal(unet(sample, torch.tensor(500), **named)[0], whole)
+        (outside,) = unet(sample, torch.tensor(501), **named)
+    assert torch.equal(outside[:2], outside[2:])
+    torch.testing.assert_close(outside[2:], later[2:])
+    assert (outside[2:] - later[:2]).abs().max() > 0.1
