@@ -58,6 +58,11 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag(("--scheduler", "--sampler", "--sampler-name"), "see --list-schedulers", "generation.scheduler", metavar="NAME", in_jobs=True),
         Flag(("--preset",), "steps, guidance and spacing of a few-step model: " + ", ".join(PRESETS), metavar="NAME", in_jobs=True),
     ),
+    "faster, for a price (README: Faster for a price)": (
+        Flag(("--deep-cache",), "one step in N is whole, the others run the U-Net's outermost layers; try 2", "generation.deep_cache", int, "N", in_jobs=True),
+        Flag(("--token-merging",), "share of tokens that self-attention takes together, up to 0.75; try 0.5", "generation.token_merging", float, "R", in_jobs=True),
+        Flag(("--guidance-interval",), "guide in this part of the noise schedule alone, 0 being noise; try 0.2:0.8", metavar="A:B", in_jobs=True),
+    ),
     "start from a picture": (
         Flag(("--init-image", "-i"), "draw over this picture", metavar="FILE", in_jobs=True),
         Flag(("--strength",), "how much is redrawn: near 0 keeps the picture, 1 ignores it", "generation.strength", float, "X", in_jobs=True),
@@ -155,6 +160,8 @@ def _parse(command_line: CommandLine, argv: Sequence[str]) -> dict[str, Any]:
         typed["prompt"] = typed.pop("words")
     if "size" in typed:
         typed |= _parse_size(typed.pop("size"))
+    if "guidance_interval" in typed:
+        typed |= _parse_interval(typed.pop("guidance_interval"))
     return typed
 
 
@@ -163,6 +170,16 @@ def _parse_size(text: str) -> dict[str, int]:
     if not (cross and width.isdigit() and height.isdigit()):
         raise usage_error(f"--size {text}: write it as WIDTHxHEIGHT, e.g. --size 768x512")
     return {"generation.width": int(width), "generation.height": int(height)}
+
+
+def _parse_interval(text: str) -> dict[str, float]:
+    start, colon, end = text.partition(":")
+    try:
+        if colon:
+            return {"generation.guidance_start": float(start), "generation.guidance_end": float(end)}
+    except ValueError:
+        pass
+    raise usage_error(f"--guidance-interval {text}: write it as START:END, e.g. --guidance-interval 0.2:0.8")
 
 
 def build_config(typed: dict[str, Any], recipe_settings: dict[str, Any] | None = None) -> AppConfig:

@@ -7,8 +7,9 @@ h and w latent size (an eighth of the pixels).
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,9 @@ from PIL import Image
 from src import cpu_memory
 from src.conditioning import Conditioning, stack
 from src.errors import UserError
+from src.guidance_interval import limit_guidance
+from src.step_cache import reuse_deep_features
+from src.token_merging import merge_tokens
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
@@ -92,7 +96,7 @@ def denoise(
     else:
         arguments |= _start_arguments(pipeline, request, sources, start)
     vae_dtype = pipeline.vae.dtype
-    with torch.no_grad():
+    with torch.no_grad(), _shortcuts(pipeline, request):
         sampler = _as_mode(pipeline, request.mode)
         sampler.set_progress_bar_config(disable=True)  # ours spans all pictures
         latents = sampler(**arguments).images
@@ -190,6 +194,22 @@ def estimate_clean(scheduler: SchedulerMixin, prediction: torch.Tensor, timestep
     if scheduler.config.prediction_type == "v_prediction":
         return a**0.5 * sample - (1 - a) ** 0.5 * prediction
     return (sample - (1 - a) ** 0.5 * prediction) / a**0.5
+
+
+@contextlib.contextmanager
+def _shortcuts(pipeline: DiffusionPipeline, request: PictureRequest) -> Iterator[None]:
+    """What the request saves of the U-Net's work, for one batch. Each is hooks, which go around offloading and adapters."""
+    unet, handles = pipeline.unet, []
+    try:
+        if request.guidance_scale > 1 and unet.config.time_cond_proj_dim is None:  # diffusers' condition for two halves
+            timesteps = pipeline.scheduler.config.num_train_timesteps
+            handles += limit_guidance(unet, request.guidance_start, request.guidance_end, timesteps)
+        handles += merge_tokens(unet, request.token_merging)
+        handles += reuse_deep_features(unet, request.deep_cache)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _watch(scheduler: SchedulerMixin, seen: dict[str, torch.Tensor]) -> None:

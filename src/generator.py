@@ -212,6 +212,10 @@ class TextToImageGenerator:
         init_image: str | Path | Image.Image | None = None,
         mask_image: str | Path | Image.Image | None = None,
         strength: float | None = None,
+        deep_cache: int | None = None,
+        token_merging: float | None = None,
+        guidance_start: float | None = None,
+        guidance_end: float | None = None,
         on_step: Callable[[Step], None] | None = None,
     ) -> list[Image.Image]:
         """Draw pictures; what is not given is taken from ``config.generation``.
@@ -223,7 +227,8 @@ class TextToImageGenerator:
             self.config.generation, prompt, negative_prompt=negative_prompt, width=width, height=height,
             num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=seed, num_images=num_images,
             batch_size=batch_size, scheduler=scheduler, clip_skip=clip_skip, init_image=init_image, mask_image=mask_image,
-            strength=strength,
+            strength=strength, deep_cache=deep_cache, token_merging=token_merging, guidance_start=guidance_start,
+            guidance_end=guidance_end,
         )  # fmt: skip
         return list(self.draw(request, on_step))
 

@@ -54,6 +54,8 @@ def read_request(config: AppConfig, typed: dict[str, Any], say: Say, named: Name
             named.check_picture(path)
     if request.prompt_weights and (message := unsupported_syntax(request.prompt)):
         say(f"prompt  {message}")
+    for line in request.idle_settings:
+        say(f"faster  {line}")
     return request
 
 

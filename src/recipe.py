@@ -72,6 +72,10 @@ class Recipe:
     scheduler: str
     clip_skip: int
     prompt_weights: bool
+    deep_cache: int = 1
+    token_merging: float = 0.0
+    guidance_start: float = 0.0
+    guidance_end: float = 1.0
     strength: float | None = None
     init_image: PictureRef | None = None
     mask: PictureRef | None = None
@@ -124,6 +128,7 @@ def _without_paths(value: Any, key: str = "") -> Any:
 
 def _infotext(recipe: Recipe, sampler_name: str, schedule_type: str | None) -> str:
     model, vae = recipe.model, recipe.vae
+    interval = f"{_plain(recipe.guidance_start)}:{_plain(recipe.guidance_end)}"
     hashes = [(_alias(lora), lora.tensors_sha256 or lora.sha256) for lora in recipe.loras]
     values = {
         "Steps": recipe.num_inference_steps,
@@ -138,6 +143,9 @@ def _infotext(recipe: Recipe, sampler_name: str, schedule_type: str | None) -> s
         "VAE": vae and public_name(vae.name),
         "Denoising strength": None if recipe.strength is None else _plain(recipe.strength),
         "Clip skip": None if recipe.clip_skip == 1 else recipe.clip_skip,
+        "Token merging ratio": _plain(recipe.token_merging) or None,
+        "DeepCache": None if recipe.deep_cache == 1 else recipe.deep_cache,
+        "Guidance interval": None if interval == "0:1" else interval,
         "RNG": recipe.rng.upper(),
         "Emphasis": None if recipe.prompt_weights else "None",
         "Lora hashes": ", ".join(f"{alias}: {sha256[:12]}" for alias, sha256 in hashes if sha256) or None,

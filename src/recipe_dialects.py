@@ -139,6 +139,10 @@ SETTINGS: Mapping[str, Callable[[Any], Any]] = {
     "clip_skip": _whole(1, 32),
     "strength": _number(0, 1),
     "prompt_weights": _flag,
+    "deep_cache": _whole(1, 50),
+    "token_merging": _number(0, 0.75),
+    "guidance_start": _number(0, 1),
+    "guidance_end": _number(0, 1),
 }
 _LORA_WEIGHT = _number(-100, 100)
 
@@ -219,19 +223,9 @@ class Draft:
         if len(self.notes) > MAX_NOTES:
             self.notes[MAX_NOTES:] = [f"and {len(self.notes) - MAX_NOTES} more of this kind"]
         return ParsedRecipe(
-            self.dialect,
-            self.mode,
-            self.prompt,
-            self.settings,
-            self.model_name,
-            self.model_sha256,
-            self.vae_name,
-            tuple(self.loras),
-            self.init_image,
-            self.mask,
-            self.drawn_on,
-            tuple(self.notes),
-        )
+            self.dialect, self.mode, self.prompt, self.settings, self.model_name, self.model_sha256, self.vae_name,
+            tuple(self.loras), self.init_image, self.mask, self.drawn_on, tuple(self.notes),
+        )  # fmt: skip
 
 
 def shown(value: Any) -> str:
@@ -262,6 +256,7 @@ _NEGATIVE = "Negative prompt:"
 _A1111_READ = {
     *("Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Clip skip", "Denoising strength", "RNG"),
     *("Model", "Model hash", "VAE", "VAE hash", "Lora hashes", "Emphasis", "Hashes", "Version", "User"),
+    *("Token merging ratio", "DeepCache", "Guidance interval"),
 }
 
 
@@ -301,6 +296,7 @@ def _take_infotext_settings(draft: Draft, pairs: Mapping[str, str], negative: st
     if sampler and schedule != "Automatic" and not sampler.endswith(schedule):
         sampler = f"{sampler} {schedule}"
     size = _SIZE.fullmatch(pairs.get("Size", ""))
+    start, _, end = pairs.get("Guidance interval", ":").partition(":")
     draft.take(
         width=int(size[1]) if size else None,
         height=int(size[2]) if size else None,
@@ -312,6 +308,10 @@ def _take_infotext_settings(draft: Draft, pairs: Mapping[str, str], negative: st
         clip_skip=_parse_number(pairs.get("Clip skip", "1")),
         strength=_parse_number(pairs.get("Denoising strength")) if has_strength else None,
         prompt_weights=pairs.get("Emphasis") != "None",
+        deep_cache=_parse_number(pairs.get("DeepCache")),
+        token_merging=_parse_number(pairs.get("Token merging ratio")),
+        guidance_start=_parse_number(start or None),
+        guidance_end=_parse_number(end or None),
     )
 
 

@@ -28,7 +28,9 @@ _WHOLE = {  # setting -> what people call it, its least and its greatest value
     "num_images": ("number of pictures", 1, 100_000),
     "batch_size": ("batch size", 1, 256),
     "clip_skip": ("clip skip", 1, 32),
+    "deep_cache": ("deep cache", 1, 50),
 }
+MAX_TOKEN_MERGING = 0.75  # three tokens of each 2x2 cell
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,16 @@ class PictureRequest(GenerationConfig):
             raise ValueError("the request's seed is not drawn yet")
         return (self.seed + index) % (MAX_SEED + 1)
 
+    @property
+    def idle_settings(self) -> list[str]:
+        """A line for each setting that was chosen and has nothing to act on."""
+        lines = []
+        if self.guidance_scale <= 1 and (self.guidance_start > 0 or self.guidance_end < 1):
+            lines.append(f"the guidance interval does nothing: guidance {self.guidance_scale:g} draws without guidance")
+        if self.deep_cache > 1 and self.num_inference_steps == 1:
+            lines.append("deep cache does nothing: there is one step, and the first is always whole")
+        return lines
+
     def check(self) -> None:
         """Bring every setting to its type; raise UserError (usage) for what cannot be drawn, before anything is loaded.
 
@@ -126,6 +138,13 @@ class PictureRequest(GenerationConfig):
             raise usage_error(
                 f"guidance scale {self.guidance_scale:g} is outside 0 to 100; 5 to 9 is usual, 1 is without guidance"
             )
+        if not 0 <= self.token_merging <= MAX_TOKEN_MERGING:
+            raise usage_error(
+                f"token merging {self.token_merging:g} is outside 0 to {MAX_TOKEN_MERGING}; use 0.5, or 0 for none"
+            )
+        if not 0 <= self.guidance_start < self.guidance_end <= 1:
+            interval = f"{self.guidance_start:g}:{self.guidance_end:g}"
+            raise usage_error(f"guidance interval {interval} is no part of 0:1; 0.2:0.8 is usual, --cfg 1 is without guidance")
         find_sampler(self.scheduler)
         self._check_pictures()
 
@@ -139,8 +158,8 @@ class PictureRequest(GenerationConfig):
         for name in ("width", "height", "seed"):
             value = getattr(self, name)
             setattr(self, name, None if value is None else _whole(name, value))
-        self.guidance_scale = _number("guidance scale", self.guidance_scale)
-        self.strength = _number("strength", self.strength)
+        for name in ("guidance_scale", "strength", "token_merging", "guidance_start", "guidance_end"):
+            setattr(self, name, _number(name.replace("_", " "), getattr(self, name)))
         self.loras = tuple(_of_type("loras", self.loras, (tuple, list), "a sequence of LoraChoice"))
         for choice in self.loras:
             _of_type("loras", choice, LoraChoice, "LoraChoice(path, weight)")

@@ -17,7 +17,8 @@ LIGHT = [
     "doors", "session", "flags", "arguments", "orders", "recipe_orders", "training_memory", "train_arguments", "lean_imports",
 ]  # fmt: skip
 HEAVY = [
-    "cpu_kernels", "cpu_memory", "cpu_layers", "optimizations", "model_weights", "base_models", "conditioning", "denoising", "lora", "drawn_recipe", "generator", "report", "preparation",
+    "cpu_kernels", "cpu_memory", "cpu_layers", "optimizations", "model_weights", "base_models", "conditioning",
+    "guidance_interval", "step_cache", "token_merging", "denoising", "lora", "drawn_recipe", "generator", "report", "preparation",
     "diffusion", "training", "example_subject",
 ]  # fmt: skip
 DOORS = ["cli", "prepare_dataset", "train_lora", "bench"]

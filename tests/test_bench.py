@@ -2,17 +2,22 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from src.bench import __main__ as bench
-from src.bench import speed, train
+from src.bench import quality, speed, train
 from src.bench.script_loop import ScriptLoop
 from src.errors import UserError
+from src.example_subject import COLOURS
+from src.generator import TextToImageGenerator
 from tests.tiny import pipelines
 
 
 def test_an_unknown_part_is_one_line(capsys) -> None:
     assert bench.main(["swop"]) == 2
-    assert capsys.readouterr().err.splitlines() == ["error: there is no bench 'swop'; there are: start, swap, speed, train"]
+    assert capsys.readouterr().err.splitlines() == [
+        "error: there is no bench 'swop'; there are: start, swap, speed, quality, train"
+    ]
 
 
 def test_start_times_each_door_beside_a_bare_interpreter(monkeypatch, capsys) -> None:
@@ -39,6 +44,30 @@ def test_speeds_are_told_beside_the_stock_scripts(tmp_path, monkeypatch) -> None
     assert [line.split()[:2] for line in lines[2:]] == [side.split() for side in speed.SIDES]
     assert all("3.00 GB" in line for line in lines[2:])
     assert [line.partition("1/")[2].split()[0] for line in lines[2:]] == ["1.00", "1.33", "2.00", "4.00"]
+
+
+def test_each_option_is_told_beside_plain(tmp_path, monkeypatch) -> None:
+    """The settings reach the pictures, and a difference is the mean of the levels'."""
+    monkeypatch.setattr(quality, "STEPS", 4)
+    texts, calls = quality.prompts()[:2], []
+    monkeypatch.setattr(quality, "prompts", lambda: texts)
+    draw = TextToImageGenerator.generate
+    monkeypatch.setattr(TextToImageGenerator, "generate", lambda *args, **named: calls.append(named) or draw(*args, **named))
+    lines = list(quality.run(tmp_path, full=False))
+    assert [line[:31].strip() for line in lines[2:]] == list(quality.OPTIONS)
+    assert [line[31:].split()[3] for line in lines[2:3]] == ["0.0"]
+    assert all(float(line[31:].split()[3]) > 0 for line in lines[3:])
+    drawn = [named for named in calls if named["num_inference_steps"] != 2 or named["seed"]]
+    assert [named.get("deep_cache", 1) for named in drawn if named["seed"] == 1] == [1, 1, 1, 2, 3, 5, 1, 1, 1, 1, 1, 2]
+    black, gray = (Image.new("RGB", (2, 2), level) for level in ((0, 0, 0), (3, 6, 0)))
+    assert quality._difference([black, black], [gray, black]) == 1.5
+
+
+def test_the_prompts_are_of_the_embedded_models_grammar() -> None:
+    """Three colours each, that a judge can tell apart."""
+    for text in quality.prompts():
+        words = [word for word in text.split() if word in COLOURS]
+        assert len(set(words)) == 3, text
 
 
 def test_the_scripts_loop_trains_and_ours_is_timed_on_the_same_pictures(tmp_path) -> None:

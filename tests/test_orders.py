@@ -87,6 +87,26 @@ def test_what_is_drawn_as_text_is_said() -> None:
     assert read_jobs("a [cat]")[1] == []
 
 
+def test_an_interval_fills_both_settings_wherever_it_is_given(here: Path) -> None:
+    (here / "jobs.txt").write_text("a cat\n--prompt x --guidance-interval 0.1:0.6\n--prompt x --guidance-interval 0.1\n")
+    (here / "own.yaml").write_text("generation:\n  guidance_start: 0.2\n")
+    jobs, _ = read_jobs("--prompts", "jobs.txt", "--config", "own.yaml", "--set", "generation.guidance_end=0.9")
+    intervals = [(job.request.guidance_start, job.request.guidance_end) for job in jobs if job.request]
+    assert intervals == [(0.2, 0.9), (0.1, 0.6)]
+    assert "write it as START:END" in str(jobs[2].error)
+
+
+@pytest.mark.parametrize("text", ["0.2", "0.2-0.8", ":", "a:b", "0.2:"])
+def test_an_interval_that_is_none_is_said(text: str) -> None:
+    assert "write it as START:END, e.g. --guidance-interval 0.2:0.8" in str(refusal("x", "--guidance-interval", text))
+
+
+def test_what_has_nothing_to_act_on_is_said() -> None:
+    assert "draws without guidance" in read_jobs("a cat", "--guidance-interval", "0:0.6", "--cfg", "1")[1][0]
+    assert "the first is always whole" in read_jobs("a cat", "--deep-cache", "2", "--steps", "1")[1][0]
+    assert read_jobs("a cat", "--guidance-interval", "0:0.6", "--deep-cache", "2")[1] == []
+
+
 # --- job files ---------------------------------------------------------------------------------------------------------
 
 
@@ -119,6 +139,10 @@ def ids(*argv: str) -> list[str]:
         ["--precision", "fp32"],
         ["--no-safety-checker"],
         ["--steps", "3"],
+        ["--deep-cache", "2"],
+        ["--token-merging", "0.5"],
+        ["--guidance-interval", "0:0.8"],
+        ["--guidance-interval", "0.2:1"],
         ["--lora", "a.safetensors"],
         ["--lora", "a.safetensors:0.5"],
         ["--init-image", "a.png"],

@@ -41,6 +41,7 @@ INVOKEAI = json.dumps({"positive_prompt": "a fox", "seed": 7, "width": 512, "sch
 def settings_of(recipe: Recipe) -> dict[str, Any]:
     """What a reader must get back: the recipe's own values, without the strength that txt2img does not have."""
     names = "width height num_inference_steps guidance_scale negative_prompt scheduler seed clip_skip prompt_weights"
+    names += " deep_cache token_merging guidance_start guidance_end"
     strength = {} if recipe.strength is None else {"strength": recipe.strength}
     return {name: getattr(recipe, name) for name in names.split()} | strength
 
@@ -85,6 +86,10 @@ def any_recipe(rng: random.Random) -> Recipe:
         scheduler=rng.choice(["dpm++_2m_karras", "euler_a", "lcm"]),
         clip_skip=rng.randint(1, 12),
         prompt_weights=rng.random() < 0.5,
+        deep_cache=rng.randint(1, 50),
+        token_merging=rng.uniform(0, 0.75),
+        guidance_start=rng.uniform(0, 0.5),
+        guidance_end=rng.uniform(0.5, 1),
         strength=rng.choice([None, rng.random()]),
         loras=tuple(LoraRef(f"lora-{index}", rng.uniform(-2, 2), None, 1, 2) for index in range(rng.randrange(4))),
         peak_bytes=rng.choice([None, rng.randrange(2**40)]),
@@ -187,10 +192,22 @@ def test_a_lora_given_by_flag_gets_its_tag_in_the_text() -> None:
 def test_our_own_text_alone_gives_the_settings_too() -> None:
     text = to_text_chunks(RECIPE, "DPM++ 2M", "Karras")["parameters"]
     parsed = from_text_chunks({"parameters": text})
+    defaults = ("deep_cache", "token_merging", "guidance_start", "guidance_end")  # not written, and not read
     expected = settings_of(RECIPE) | {"scheduler": "DPM++ 2M Karras"}
-    assert parsed.settings == expected
+    assert parsed.settings == {name: value for name, value in expected.items() if name not in defaults}
     assert (parsed.prompt, parsed.model_sha256, parsed.notes) == (RECIPE.prompt, SHA[:10], ())
     assert parsed.loras == (LoraRef("ink", 0.8, tensors_sha256="b" * 12),)
+
+
+def test_what_made_it_faster_is_in_both_texts() -> None:
+    """A1111 knows the ratio by this name; the others have none there."""
+    faster = {"deep_cache": 3, "token_merging": 0.5, "guidance_start": 0.25, "guidance_end": 1.0}
+    chunks = to_text_chunks(replace(RECIPE, **faster), "DPM++ 2M", "Karras")
+    assert ', Token merging ratio: 0.5, DeepCache: 3, Guidance interval: "0.25:1", RNG: CPU,' in chunks["parameters"]
+    for text in ({"recipe": chunks["recipe"]}, {"parameters": chunks["parameters"]}):
+        parsed = from_text_chunks(text)
+        assert {name: parsed.settings[name] for name in faster} == faster
+        assert parsed.notes == ()
 
 
 @pytest.mark.parametrize(
@@ -286,6 +303,9 @@ def test_damaged_json_is_refused(text: str) -> None:
         *[("seed", value) for value in (-1, 2**32, 1e3, "x", False)],
         *[("clip_skip", value) for value in (0, 99, True)],
         *[("strength", value) for value in (1.5, -0.1, [])],
+        *[("deep_cache", value) for value in (0, 51, 2.0)],
+        *[("token_merging", value) for value in (0.8, -0.1, "0.5")],
+        *[("guidance_start", value) for value in (-0.1, 1.1, "0")],
         *[("scheduler", value) for value in ("../../etc/passwd", "/etc/passwd", "http://evil.example/x")],
         *[("scheduler", value) for value in ("a\x1b[2J", "", "x" * 1000)],
         ("prompt_weights", 1),

@@ -60,6 +60,16 @@ def test_a_recipe_is_followed(here: Path) -> None:
     assert (config.generation.seed, config.generation.width, config.generation.scheduler) == (3, 128, "euler")
 
 
+def test_what_made_it_faster_is_followed_and_can_be_typed_over() -> None:
+    recipe = replace(RECIPE, deep_cache=2, token_merging=0.5, guidance_start=0.2, guidance_end=0.8)
+    generation = draw_again(recipe)[1].generation
+    faster = (generation.deep_cache, generation.token_merging, generation.guidance_start, generation.guidance_end)
+    assert faster == (2, 0.5, 0.2, 0.8)
+    generation = draw_again(recipe, "--guidance-interval", "0:1", "--deep-cache", "1")[1].generation
+    faster = (generation.deep_cache, generation.token_merging, generation.guidance_start, generation.guidance_end)
+    assert faster == (1, 0.5, 0.0, 1.0)
+
+
 @pytest.mark.parametrize("argv", [[], ["--config", "4gb"]])
 @pytest.mark.parametrize(
     "model",

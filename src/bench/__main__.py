@@ -1,4 +1,4 @@
-"""python -m src.bench [start|swap|speed|train] [--full] [--script PATH] : time what the project promises, on this machine.
+"""python -m src.bench [start|swap|speed|quality|train] [--full] [--script PATH] : time what the project promises.
 
 ``--full`` draws and trains with a model of SD v1.5's shapes; ``--script`` names diffusers' train_text_to_image_lora.py
 (src/bench/train.py).
@@ -19,7 +19,7 @@ from pathlib import Path
 from src.config import PROJECT_FOLDER
 from src.errors import UserError
 
-PARTS = ("start", "swap", "speed", "train")
+PARTS = ("start", "swap", "speed", "quality", "train")
 RUNS = 10
 
 
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
         return 2
     print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}")
     parts: dict[str, Callable[[], Iterable[str]]] = {
-        "start": _start, "swap": _swap, "speed": lambda: _speed(options.full),
+        "start": _start, "swap": _swap, "speed": lambda: _speed(options.full), "quality": lambda: _quality(options.full),
         "train": lambda: _train(options.full, options.script),
     }  # fmt: skip
     try:
@@ -84,6 +84,16 @@ def _speed(full: bool) -> Iterator[str]:
 
     with tempfile.TemporaryDirectory() as folder:
         yield from speed.run(Path(folder), full=full)
+
+
+def _quality(full: bool) -> Iterator[str]:
+    from src import quiet
+
+    quiet.silence_libraries()
+    from src.bench import quality
+
+    with tempfile.TemporaryDirectory() as folder:
+        yield from quality.run(Path(folder), full=full)
 
 
 def _train(full: bool, script: Path | None) -> Iterator[str]:

@@ -1,0 +1,90 @@
+"""What each of the options that draw faster for a price saves, and what it costs: time, difference, prompts still followed.
+
+Fewer steps stand beside them: an option that gives less for its time than drawing fewer steps is not worth having. The time
+is that of the fastest picture, which busy moments of the machine do not touch.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy
+from PIL import Image
+
+from src.config import AppConfig
+from src.example_subject import COLOURS, follows_prompt
+from src.generator import TextToImageGenerator
+from src.model_files import EMBEDDED
+
+STEPS, GUIDANCE_SCALE = 20, 5.0
+FULL_STEPS = 10  # of SD v1.5's shapes: half as many, for the time it takes
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "plain": {},
+    "three quarters of the steps": {"num_inference_steps": 0.75},
+    "half of the steps": {"num_inference_steps": 0.5},
+    "--deep-cache 2": {"deep_cache": 2},
+    "--deep-cache 3": {"deep_cache": 3},
+    "--deep-cache 5": {"deep_cache": 5},
+    "--token-merging 0.25": {"token_merging": 0.25},
+    "--token-merging 0.5": {"token_merging": 0.5},
+    "--token-merging 0.75": {"token_merging": 0.75},
+    "--guidance-interval 0.2:0.8": {"guidance_start": 0.2, "guidance_end": 0.8},
+    "--guidance-interval 0:0.6": {"guidance_end": 0.6},
+    "--deep-cache 2, interval 0:0.6": {"deep_cache": 2, "guidance_end": 0.6},
+}
+_BACKGROUNDS = ("white", "black", "blue", "green", "yellow", "pink")
+_PAIRS = ("circle left of", "square"), ("star above", "heart"), ("ring right of", "diamond")
+
+
+def prompts() -> list[str]:
+    """Thirty-six of the embedded model's grammar: on each background six pairs of shapes, the colours in turn."""
+    found = []
+    for number, (background, (first, second)) in enumerate((b, s) for b in _BACKGROUNDS for s in _PAIRS * 2):
+        colours = [name for name in COLOURS if name != background]
+        one, other = (colours[(number * 3 + step) % len(colours)] for step in (0, 5))
+        found.append(f"a {one} {first} a {other} {second} on a {background} background")
+    return found
+
+
+def run(folder: Path, *, full: bool) -> Iterator[str]:
+    """Draw with each option and give the lines of the report. ``full``: a model of SD v1.5's shapes, for its times alone."""
+    config, texts, steps = AppConfig(), prompts(), STEPS
+    config.model.model_id, config.model.device = str(EMBEDDED), "cpu"
+    if full:
+        from src.bench.train import write_random_model
+
+        config.model.model_id, texts, steps = str(write_random_model(folder / "model")), texts[:1], FULL_STEPS
+    generator = TextToImageGenerator(config)
+    generator.load_model()
+    model = generator.model
+    name = "SD v1.5's shapes" if full else "embedded"
+    yield f"{name}, {model.native_size_px} px, {model.precision}, {steps} steps, guidance on, {len(texts)} prompts"
+    yield f"{'':<31} {'a picture':>9} {'of plain':>9}" + ("" if full else f" {'difference':>11} {'followed':>9}")
+    plain_s, plain = 0.0, []
+    for label, settings in OPTIONS.items():
+        pictures = _draw(generator, texts, steps, settings)
+        seconds = min(picture.info["drawn"].time_s for picture in pictures)
+        plain_s, plain = (plain_s, plain) if plain else (seconds, pictures)
+        line = f"{label:<31} {seconds:7.2f} s {seconds / plain_s:9.0%}"
+        if not full:
+            followed = sum(follows_prompt(picture, text) for picture, text in zip(pictures, texts))
+            line += f" {_difference(pictures, plain):11.1f} {followed:3} of {len(texts)}"
+        yield line
+
+
+def _draw(generator: TextToImageGenerator, texts: list[str], steps: int, settings: Mapping[str, Any]) -> list[Image.Image]:
+    """A picture of each text, of the seed of its place; one more before them, which packs the weights."""
+    settings = {"num_inference_steps": steps, "guidance_scale": GUIDANCE_SCALE} | settings
+    if settings["num_inference_steps"] < 1:
+        settings["num_inference_steps"] = round(steps * settings["num_inference_steps"])
+    generator.generate(texts[0], seed=0, **(settings | {"num_inference_steps": 2}))
+    return [generator.generate(text, seed=seed, **settings)[0] for seed, text in enumerate(texts)]
+
+
+def _difference(pictures: list[Image.Image], others: list[Image.Image]) -> float:
+    """Mean absolute difference of their levels, 0 to 255."""
+    pairs = ((numpy.asarray(one, dtype=float), numpy.asarray(other, dtype=float)) for one, other in zip(pictures, others))
+    return statistics.mean(float(abs(one - other).mean()) for one, other in pairs)
