@@ -12,9 +12,10 @@ from src import devices
 from src.config import AppConfig, load_config
 from src.errors import ExitCode, UserError
 from src.estimate import Answer, estimate
-from src.memory_plan import ELEMENT_BYTES, GIB, PLANS, Request, predict
+from src.memory_prediction import GIB, PLANS, Request, predict
 from src.model_shapes import bundled_shapes
 from src.request import LoraChoice, PictureRequest
+from src.unet_weights import ELEMENT_BYTES
 from tests.tiny.model_folders import model, safetensors
 
 CARDS = [devices.Card("NVIDIA One", 8 * GIB, 7 * GIB, 0), devices.Card("NVIDIA Two", 24 * GIB, 20 * GIB, 1)]
@@ -204,7 +205,7 @@ def test_json_and_text_say_the_same(machine):
     assert facts["predicted_peak_bytes"] == expected.peak_bytes == max(phase["total_bytes"] for phase in facts["phases"])
     assert [phase["weights_bytes"] for phase in facts["phases"]] == [phase.weights_bytes for phase in expected.phases]
     assert [item["name"] for item in facts["plans"]] == [plan.name for plan in PLANS[:-1]]
-    assert [item["fits"] for item in facts["plans"]] == [item["predicted_peak_bytes"] <= 6 * GIB for item in facts["plans"]]
+    assert [item["fits"] for item in facts["plans"]] == [item["peak_bytes"] <= 6 * GIB for item in facts["plans"]]
     assert (facts["width"], facts["height"], facts["batch_size"], facts["guidance"]) == (1024, 1024, 2, True)
     for fact in ("1024x1024, batch size 2, guidance on", "(SDXL), fp16", f"{expected.peak_bytes / GIB:.2f} GiB of 6.00 GiB"):
         assert fact in answer.text()

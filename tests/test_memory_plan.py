@@ -11,21 +11,10 @@ import pytest
 
 from src.config import PROJECT_FOLDER, OptimizationConfig, load_config
 from src.errors import ExitCode, UserError
-from src.memory_plan import (
-    CONTEXT_BYTES,
-    CPU,
-    GIB,
-    PLANS,
-    Placement,
-    Request,
-    adapter_bytes,
-    budget_of,
-    choose,
-    describe,
-    predict,
-    table,
-)
+from src.memory_plan import budget_of, choose
+from src.memory_prediction import CONTEXT_BYTES, CPU, GIB, PLANS, Placement, Request, adapter_bytes, predict
 from src.model_shapes import bundled_shapes
+from src.plan_report import describe, table
 from src.request import PictureRequest
 from tests.tiny.model_folders import safetensors
 
@@ -130,7 +119,7 @@ def test_sdxl_is_decoded_in_fp32_when_the_rest_is_fp16():
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
 @pytest.mark.parametrize(("name", "side_px"), [("sd15", 512), ("sd21", 768), ("sdxl", 1024), ("sdxl", 2048)])
 def test_each_plan_needs_no_more_than_the_one_before(name, side_px, precision):
-    peaks = [peak(name, Request(side_px, side_px, precision=precision), plan) for plan in (PLANS[0], *PLANS[2:5])]
+    peaks = [peak(name, Request(side_px, side_px, precision=precision), plan) for plan in (PLANS[0], *PLANS[2:6])]
     assert peaks == sorted(peaks, reverse=True)
     assert peak(name, Request(side_px, side_px, precision=precision), PLANS[1]) <= peaks[0]
 
@@ -169,7 +158,7 @@ def test_the_fastest_plan_that_fits_is_chosen_at_every_budget(name, request_):
     [
         ({"enable_model_cpu_offload": True}, ["model-offload", "model-offload+vae-tiling"]),
         ({"enable_sequential_cpu_offload": True}, ["sequential-offload"]),
-        ({"enable_vae_tiling": True}, ["gpu+vae-tiling", "model-offload+vae-tiling", "sequential-offload"]),
+        ({"enable_vae_tiling": True}, ["gpu+vae-tiling", "model-offload+vae-tiling", "group-offload", "sequential-offload"]),
         ({"enable_model_cpu_offload": True, "enable_vae_tiling": True}, ["model-offload+vae-tiling"]),
     ],
 )
@@ -262,8 +251,8 @@ def test_the_line_says_plan_peak_budget_and_parts():
 def test_the_table_lists_every_plan_and_adds_up():
     plan = choose(bundled_shapes("sdxl"), SDXL, 8 * GIB, OptimizationConfig())
     lines = table(plan).splitlines()
-    assert [line.split()[0] for line in lines[1:6]] == [placement.name for placement in CARD_PLANS]
-    assert [line.split()[2] for line in lines[1:6]] == ["no", "no", "yes", "yes", "yes"]
+    assert [line.split()[0] for line in lines[1:7]] == [placement.name for placement in CARD_PLANS]
+    assert [line.split()[2] for line in lines[1:7]] == ["no", "no", "yes", "yes", "yes", "yes"]
     assert [line for line in lines if line.endswith("<- chosen")] == [lines[3]]
     weights, activations, total = (
         float(cell) for cell in next(line for line in lines if line.startswith("decode")).split()[1:]
@@ -275,8 +264,10 @@ def test_a_plan_is_made_at_once_and_without_torch():
     program = """
 import sys
 from src.config import OptimizationConfig
-from src.memory_plan import Request, choose, table
+from src.memory_plan import choose
+from src.memory_prediction import Request
 from src.model_shapes import bundled_shapes
+from src.plan_report import table
 table(choose(bundled_shapes("sdxl"), Request(1024, 1024), 8 << 30, OptimizationConfig()))
 heavy = {"torch", "diffusers", "transformers", "numpy", "PIL", "yaml"} & set(sys.modules)
 assert not heavy, heavy

@@ -9,11 +9,11 @@ from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_submodules
 from PIL import Image
 
-from src import cpu_layers, memory_plan, optimizations
+from src import cpu_layers, memory_prediction, optimizations
 from src.config import AppConfig, OptimizationConfig
 from src.errors import ExitCode, UserError
 from src.generator import TextToImageGenerator
-from src.memory_plan import Placement
+from src.memory_prediction import Placement
 from tests.tiny import pipelines
 
 PROMPT = "a red circle left of a blue square"
@@ -164,7 +164,9 @@ def test_a_run_steps_down_plan_by_plan_and_draws_the_same_picture(generator, mon
     assert numpy.array_equal(draw(generator), expected)
     assert applied == ["gpu", *applied[1:]]
     assert len(applied) == 3
-    peaks = [memory_plan.PLANS.index(next(plan for plan in memory_plan.PLANS if plan.name == name)) for name in applied]
+    peaks = [
+        memory_prediction.PLANS.index(next(plan for plan in memory_prediction.PLANS if plan.name == name)) for name in applied
+    ]
     assert peaks == sorted(peaks)
     assert sum("ran out" in line for line in lines) == 2
     draw(generator)
