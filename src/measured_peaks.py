@@ -42,15 +42,22 @@ class MeasuredPeaks:
         """Peaks in bytes by placement; empty for what was never drawn."""
         return self._read().get(key, {})
 
-    def remember(self, key: str, placement: str, peak_bytes: int | None) -> None:
-        """Put a peak beside those of other processes; None forgets the one that is there."""
+    def remember(self, key: str, placement: str, peak_bytes: int) -> None:
+        """Put a peak beside the others, other processes' included."""
         entries = self._read()
-        known = entries.pop(key, {}) | {placement: peak_bytes}
-        entries[key] = {name: peak for name, peak in known.items() if peak is not None}  # the newest last
-        kept = dict(list(entries.items())[-MAX_ENTRIES:])
+        self._write(entries | {key: entries.pop(key, {}) | {placement: peak_bytes}})  # the newest last
+
+    def forget(self, key: str, placement: str) -> None:
+        """Predict again from now on."""
+        entries = self._read()
+        if entries.get(key, {}).pop(placement, None) is not None:
+            self._write(entries)
+
+    def _write(self, entries: dict[str, dict[str, int]]) -> None:
+        newest = dict(list(entries.items())[-MAX_ENTRIES:])
         with contextlib.suppress(UserError, OSError):  # a cache that cannot be written costs a prediction, not the picture
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            files.publish_bytes(self._path, json.dumps(kept, indent=1).encode())
+            files.publish_bytes(self._path, json.dumps(newest, indent=1).encode())
 
     def _read(self) -> dict[str, dict[str, int]]:
         try:

@@ -18,7 +18,7 @@ from src.base_models import LoadedModel
 from src.config import AppConfig, OptimizationConfig
 from src.errors import ExitCode, UserError
 from src.measured_peaks import MeasuredPeaks, peak_key
-from src.memory_prediction import CPU, Request, adapter_bytes, predict
+from src.memory_prediction import CPU, Placement, Request, adapter_bytes, predict
 from src.model_shapes import ModelShapes
 from src.plan_report import describe
 from src.request import PictureRequest
@@ -44,6 +44,7 @@ class MemoryLadder:
         self._quantize = config.optimization.quantize
         self._budget_bytes = optimizations.memory_budget(model.device, config.optimization)
         self._ran_out = False
+        self._applied: Placement | None = None
         self._peaks = MeasuredPeaks(config.paths.folder("cache"), say)
         self._need: Request | None = None  # of the plan in use
         self._key = ""
@@ -91,6 +92,13 @@ class MemoryLadder:
         return replace(options, memory=first, **dict.fromkeys(offload, False))
 
     def _place(self, request: PictureRequest) -> None:
+        plan = self._choose(request)
+        if plan.placement == self._applied:
+            self.plan = plan
+        else:
+            self._take(plan)
+
+    def _choose(self, request: PictureRequest) -> memory_plan.Plan:
         model, options = self.model, self._options
         checker = getattr(model.pipeline, "safety_checker", None) is not None
         lora_bytes = adapter_bytes(self._adapters(), model.precision)
@@ -100,35 +108,41 @@ class MemoryLadder:
         )  # fmt: skip
         self._key = peak_key(model.device_name, model.name, self._shapes, self._need, request.mode, self._config)
         measured = self._peaks.of(self._key)
-        plan = memory_plan.choose(self._shapes, self._need, self._budget_bytes, options, measured=measured)
-        before, self.plan = self.plan, plan
-        if before is not None and plan.placement == before.placement:
-            return
+        return memory_plan.choose(self._shapes, self._need, self._budget_bytes, options, measured=measured)
+
+    def _take(self, plan: memory_plan.Plan) -> None:
+        """Say a plan and apply it."""
+        model, options, is_first = self.model, self._options, self.plan is None
+        self.plan, self._applied = plan, None  # when it is cut off half-way, the next one starts anew
         self._say(f"plan    {describe(plan)}")
         for note in plan.notes:
             self._say(f"plan    {note}")
         if options.enable_torch_compile:
             self._say("compile the U-Net is compiled at the first step, which takes up to minutes")
-        if options.quantize and before is None:
+        if options.quantize and is_first:
             optimizations.quantize(model.pipeline, options.quantize, model.device)
         optimizations.apply(model.pipeline, plan.placement, options, model.device)
+        self._applied = plan.placement
 
     def _step_down(self, request: PictureRequest) -> None:
         """Plan for less than the plan that failed. Raises UserError (out of memory) when there is no smaller one."""
         optimizations.free_memory()
         failed = self.plan
         if self._budget_bytes is not None:
-            self._peaks.remember(self._key, failed.placement.name, None)  # whatever it was, it is more today
+            self._peaks.forget(self._key, failed.placement.name)  # whatever it was, it is more today
             self._budget_bytes = min(self._budget_bytes, failed.peak_bytes - 1)
             self._ran_out = True
-            self._say(f"memory  ran out with plan {failed.placement.name}; trying a smaller one")
-            self.place(request)
-        if self.plan.placement == failed.placement and not self._move_to_cpu(request):
+            plan = self._choose(request)
+            if plan.placement != failed.placement:
+                self._say(f"memory  ran out with plan {failed.placement.name}; trying a smaller one")
+                self.within(request, lambda: self._take(plan))
+                optimizations.reset_peak(self.model.device)  # what failed is no measure of what comes
+                return
+        if not self._move_to_cpu(request):
             size = f"{request.width or self.model.native_size_px}x{request.height or self.model.native_size_px}"
             wanted = f"{size}, batch size {request.batch_size}, plan {failed.placement.name}"
             way_out = "use --batch-size 1 or a smaller size" if request.batch_size > 1 else "use a smaller size or model"
             raise UserError(f"out of memory ({wanted}); {way_out}", ExitCode.OUT_OF_MEMORY)
-        optimizations.reset_peak(self.model.device)  # what failed is no measure of what comes
 
     def _move_to_cpu(self, request: PictureRequest) -> bool:
         """Go on without the card, if there was one and main memory suffices. In fp32: a CPU is slow in fp16, and in bf16 the
@@ -139,7 +153,7 @@ class MemoryLadder:
         free_bytes = devices.available_memory_bytes()
         if free_bytes is not None and predict(self._shapes, replace(self._need, precision="fp32"), CPU).peak_bytes > free_bytes:
             return False
-        self._say("memory  no plan is left for the card; going on with the CPU in fp32, which is slow")
+        self._say(f"memory  ran out with plan {self.plan.placement.name}; going on with the CPU in fp32, which is slow")
         optimizations.move_to_cpu(self.model.pipeline)
         self.model = replace(self.model, device=torch.device("cpu"), dtype=torch.float32)
         self._budget_bytes = None
