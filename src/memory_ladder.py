@@ -130,7 +130,7 @@ class MemoryLadder:
         failed = self.plan
         if self._budget_bytes is not None:
             self._peaks.forget(self._key, failed.placement.name)  # whatever it was, it is more today
-            self._budget_bytes = min(self._budget_bytes, failed.peak_bytes - 1)
+            self._budget_bytes = min(self._budget_bytes, failed.peak_bytes - 1, failed.estimate.peak_bytes - 1)
             self._ran_out = True
             plan = self._choose(request)
             if plan.placement != failed.placement:

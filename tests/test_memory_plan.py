@@ -11,11 +11,12 @@ import pytest
 
 from src.config import PROJECT_FOLDER, OptimizationConfig, load_config
 from src.errors import ExitCode, UserError
-from src.memory_plan import budget_of, choose
+from src.memory_plan import WINDOWS_RESERVE_BYTES, budget_of, card_budget, choose
 from src.memory_prediction import CONTEXT_BYTES, CPU, GIB, PLANS, Placement, Request, adapter_bytes, predict
 from src.model_shapes import bundled_shapes
 from src.plan_report import describe, table
 from src.request import PictureRequest
+from src.unet_weights import unet_bytes
 from tests.tiny.model_folders import safetensors
 
 SD15, SDXL = Request(512, 512), Request(1024, 1024)
@@ -237,6 +238,100 @@ def test_each_card_preset_gets_the_plan_that_its_comment_promises(presets, expec
     request = Request(config.generation.width or shapes.native_px, config.generation.height or shapes.native_px)
     plan = choose(shapes, request, round(config.optimization.max_vram_gb * GIB), config.optimization)
     assert (plan.placement.name, plan.fits) == (expected, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "size_px", "budget_gib", "expected"),
+    [
+        ("small-sd", 512, 2, "model-offload"),
+        ("sd15", 512, 3, "model-offload"),
+        ("sd15", 512, 4, "gpu"),
+        ("sd15", 512, 6, "gpu"),
+        ("sdxl", 1024, 8, "model-offload"),
+        ("sd15", 512, 2, "group-offload"),
+        ("sdxl", 1024, 6, "model-offload+vae-tiling"),
+        ("sdxl", 1024, 4, "group-offload"),
+    ],
+)
+def test_there_is_a_plan_for_small_cards(name, size_px, budget_gib, expected):
+    plan = choose(bundled_shapes(name), Request(size_px, size_px), budget_gib * GIB, OptimizationConfig())
+    assert (plan.placement.name, plan.fits) == (expected, True)
+
+
+@pytest.mark.parametrize(
+    ("mode", "first"),
+    [("fast", "gpu"), ("balanced", "model-offload"), ("low", "group-offload"), ("minimal", "sequential-offload")],
+)
+def test_a_mode_says_what_lies_on_the_card_at_most(mode, first):
+    options = OptimizationConfig(memory=mode)
+    plan = choose(bundled_shapes("sd15"), SD15, 80 * GIB, options)
+    assert (plan.placement.name, plan.rejected, plan.notes) == (first, (), ())
+    tight = choose(bundled_shapes("sd15"), SD15, GIB, options)
+    assert tight.placement.name == ("gpu+vae-tiling" if mode == "fast" else "sequential-offload")
+    assert not tight.fits
+    assert any("predicted not to fit" in note for note in tight.notes) == (mode == "fast")
+    assert choose(bundled_shapes("sd15"), SD15, None, options).notes == (f"--memory {mode} has no effect without a card",)
+
+
+@pytest.mark.parametrize(
+    ("switches", "said"),
+    [
+        ({"memory": "much"}, "memory 'much' is not known"),
+        ({"quantize": "int4"}, "quantize 'int4' is not known"),
+        ({"memory": "fast", "enable_model_cpu_offload": True}, "contradict"),
+        ({"memory": "low", "enable_sequential_cpu_offload": True}, "contradict"),
+        ({"memory": "minimal", "quantize": "nf4"}, "exclude each other"),
+        ({"enable_sequential_cpu_offload": True, "quantize": "int8"}, "exclude each other"),
+    ],
+)
+def test_modes_and_switches_that_contradict_each_other_are_one_usage_error(switches, said):
+    with pytest.raises(UserError, match=said) as raised:
+        choose(bundled_shapes("sd15"), SD15, 8 * GIB, OptimizationConfig(**switches))
+    assert raised.value.exit_code == ExitCode.USAGE
+    assert "\n" not in str(raised.value)
+
+
+def test_a_mode_and_the_switch_that_means_it_agree():
+    plan = choose(bundled_shapes("sd15"), SD15, 80 * GIB, OptimizationConfig(memory="balanced", enable_model_cpu_offload=True))
+    assert plan.placement.name == "model-offload"
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_quantised_weights_are_counted_where_they_lie_and_never_moved_in_parts(kind):
+    shapes = bundled_shapes("sdxl")
+    for placement in (PLANS[0], PLANS[2]):
+        before, after = (predict(shapes, replace(SDXL, quantize=how), placement) for how in (None, kind))
+        saved = unet_bytes(shapes, "fp16", None) - unet_bytes(shapes, "fp16", kind)
+        assert before.denoise.weights_bytes - after.denoise.weights_bytes == saved > 2 * GIB
+        assert after.denoise.activations_bytes > before.denoise.activations_bytes, "products are wider, or weights brought back"
+    plan = choose(shapes, replace(SDXL, quantize=kind), 80 * GIB, OptimizationConfig(quantize=kind))
+    assert {placement.offload for placement, _, _ in plan.rows} == {None, "model"}
+    assert f"GPU, {kind} U-Net, predicted peak" in describe(plan)
+    with pytest.raises(UserError, match="needs a card"):
+        choose(shapes, replace(SDXL, quantize=kind), None, OptimizationConfig(quantize=kind))
+
+
+def test_windows_keeps_a_reserve_below_which_its_driver_would_swap(monkeypatch):
+    options = OptimizationConfig()
+    assert card_budget(8 * GIB, options) == 8 * GIB
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert card_budget(8 * GIB, options) == 8 * GIB - WINDOWS_RESERVE_BYTES
+    assert card_budget(8 * GIB, OptimizationConfig(max_vram_gb=7.8)) == 8 * GIB - WINDOWS_RESERVE_BYTES
+    assert card_budget(8 * GIB, OptimizationConfig(max_vram_gb=4.0)) == 4 * GIB
+
+
+def test_a_measured_peak_stands_for_the_prediction_and_says_so():
+    shapes = bundled_shapes("sd15")
+    plan = choose(shapes, SD15, 4 * GIB, OptimizationConfig(), measured={"gpu": 5 * GIB, "model-offload": 3 * GIB})
+    assert plan.placement.name == "gpu+vae-tiling"
+    plan = choose(shapes, SD15, 3 * GIB, OptimizationConfig(), measured={"gpu": 2 * GIB})
+    encode = predict(shapes, SD15, PLANS[0]).encode.total_bytes  # before the measurement begins
+    assert plan.placement.name == "model-offload"
+    plan = choose(shapes, SD15, 4 * GIB, OptimizationConfig(), measured={"gpu": 3 * GIB + GIB // 2})
+    assert (plan.placement.name, plan.peak_bytes) == ("gpu", 3 * GIB + GIB // 2)
+    assert describe(plan).startswith("GPU, measured peak 3.50 GiB of 4.00 GiB (predicted 3.71: weights ")
+    assert table(plan).splitlines()[1].endswith("yes  <- chosen  (measured)")
+    assert choose(shapes, SD15, encode, OptimizationConfig(), measured={"gpu": 1}).peak_bytes == encode
 
 
 def test_the_line_says_plan_peak_budget_and_parts():
