@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import re
 import sys
 from collections import Counter
@@ -123,6 +124,8 @@ def check_surroundings(typed: dict[str, Any], config: AppConfig) -> Wishes:
         raise usage_error(f"--preview {typed['preview']}: give the number of steps between previews, 1 or more")
     check_machine(config.model)
     memory_plan.check_switches(config.optimization)
+    if config.optimization.quantize and importlib.util.find_spec("bitsandbytes") is None:
+        raise usage_error("--quantize needs the package bitsandbytes; pip install bitsandbytes, or leave --quantize out")
     devices.pick_precision(config.model.precision, on_card=config.model.device != "cpu", cpu_bf16=False)
     folder = files.check_writable_folder(config.paths.folder("outputs"))
     files.safe_join(folder, f"{config.paths.prefix}_00000000_000000_000.png")
