@@ -16,7 +16,7 @@ from src.memory_prediction import CONTEXT_BYTES, CPU, GIB, PLANS, Placement, Req
 from src.model_shapes import bundled_shapes
 from src.plan_report import describe, table
 from src.request import PictureRequest
-from src.unet_weights import unet_bytes
+from src.unet_weights import offload_groups, unet_bytes
 from tests.tiny.model_folders import safetensors
 
 SD15, SDXL = Request(512, 512), Request(1024, 1024)
@@ -61,6 +61,9 @@ def test_weights_on_the_card_are_those_that_the_placement_keeps_there():
     assert weights(None) == [2 * (unet + vae + clip_l + big_g) + 1000] * 3
     assert weights("model") == [2 * count + 1000 for count in (big_g, unet, vae)]  # adapters are hooks, which stay
     assert weights("sequential") == [2 * count + 1000 for count in layers]
+    groups = offload_groups(shapes)
+    at_work = groups.resident + 2 * groups.largest  # one works, the next is on its way: tests/test_unet_weights.py
+    assert weights("group") == [2 * count + 1000 for count in (layers[0], at_work, layers[2])]
     adapters = [predict(shapes, replace(request, lora_bytes=size), CPU).peak_bytes for size in (0, 1000)]
     assert adapters[1] - adapters[0] == 1000
 
