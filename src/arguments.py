@@ -7,8 +7,10 @@ from typing import Any
 
 from src.config import (
     DEVICES,
+    MEMORY_MODES,
     PRECISIONS,
     PRESETS_FOLDER,
+    QUANTIZATIONS,
     AppConfig,
     full_name,
     load_config,
@@ -82,6 +84,10 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
     "machine": (
         Flag(("--device",), " | ".join(DEVICES), "model.device", metavar="NAME"),
         Flag(("--precision",), " | ".join(PRECISIONS), "model.precision", metavar="NAME", choices=PRECISIONS),
+        Flag(("--memory",), "what lies on the card: fast all, balanced a component, low a block, minimal a layer; auto the fastest that fits", "optimization.memory", metavar="MODE", choices=MEMORY_MODES),
+        switch("--medvram", "A1111's name for --memory balanced"),
+        switch("--lowvram", "A1111's name for --memory low"),
+        Flag(("--quantize",), " | ".join(QUANTIZATIONS) + ": the U-Net's matrices in fewer bits (bitsandbytes); the pictures change", "optimization.quantize", metavar="NAME", choices=QUANTIZATIONS),
         Flag(("--max-vram",), "plan as if the card had this much, in GiB", "optimization.max_vram_gb", float, "GB"),
         switch("--model-cpu-offload", "one component on the card at a time", "optimization.enable_model_cpu_offload"),
         switch("--sequential-cpu-offload", "one layer on the card at a time: smallest, slowest", "optimization.enable_sequential_cpu_offload"),
@@ -118,6 +124,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
     ),
 }  # fmt: skip
 
+_MODE_FLAGS = {"medvram": "balanced", "lowvram": "low"}
 FLAG_OF = {name: flag for flags in FLAGS.values() for flag in flags for name in flag.names}
 JOB_FLAGS = {title: [flag for flag in flags if flag.in_jobs] for title, flags in FLAGS.items()}
 
@@ -158,11 +165,23 @@ def _parse(command_line: CommandLine, argv: Sequence[str]) -> dict[str, Any]:
         raise usage_error("the prompt is given twice: first and by --prompt; give it once")
     if "words" in typed:
         typed["prompt"] = typed.pop("words")
+    _settle_mode(typed)
     if "size" in typed:
         typed |= _parse_size(typed.pop("size"))
     if "guidance_interval" in typed:
         typed |= _parse_interval(typed.pop("guidance_interval"))
     return typed
+
+
+def _settle_mode(typed: dict[str, Any]) -> None:
+    """A1111's flags as the modes that they mean. Raises UserError (usage) for two that differ."""
+    found = {f"--{flag}": mode for flag, mode in _MODE_FLAGS.items() if typed.pop(flag, False)}
+    if "optimization.memory" in typed:
+        found["--memory"] = typed["optimization.memory"]
+    if len(set(found.values())) > 1:
+        raise usage_error(f"{' and '.join(found)} contradict each other; give one of them")
+    if found:
+        typed["optimization.memory"] = next(iter(found.values()))
 
 
 def _parse_size(text: str) -> dict[str, int]:

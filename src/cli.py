@@ -79,8 +79,9 @@ def _draw(
     if session.has_work(jobs):
         generator.load_model()
     if recipe is not None and jobs:
-        model = generator.model
-        recipe_orders.compare_with_recipe(recipe, generator.weights_sha256(), model.precision, model.device_name, terminal.say)
+        model, quantize = generator.model, config.optimization.quantize
+        drawn_with = (generator.weights_sha256(), model.precision, model.device_name)
+        recipe_orders.compare_with_recipe(recipe, *drawn_with, terminal.say, quantize)
     terminal.each_speaks = True
     return session.run(jobs)
 

@@ -34,6 +34,10 @@ class Embedding:
     tokens: torch.Tensor
     pooled: torch.Tensor | None = None
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> Embedding:
+        """The same on a device, in a precision."""
+        return Embedding(self.tokens.to(device, dtype), None if self.pooled is None else self.pooled.to(device, dtype))
+
 
 @dataclass(frozen=True, slots=True)
 class Conditioning:
@@ -45,6 +49,10 @@ class Conditioning:
     @property
     def length(self) -> int:
         return self.positive.tokens.shape[0]
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Conditioning:
+        """The same where, and in the precision that, the U-Net computes in."""
+        return Conditioning(self.positive.to(device, dtype), self.negative.to(device, dtype))
 
 
 def encode(pipeline: Pipeline, prompt: str, negative_prompt: str, *, clip_skip: int = 1, weighted: bool = True) -> Conditioning:
@@ -131,7 +139,8 @@ def _window(tokenizer: CLIPTokenizer, encoder: CLIPTextModel) -> int:
 
 def _device(pipeline: Pipeline, encoder: CLIPTextModel) -> torch.device:
     """Where the encoder computes; a hook brings an offloaded one to where the pipeline runs."""
-    return pipeline._execution_device if hasattr(encoder, "_hf_hook") else encoder.device
+    is_offloaded = any(hasattr(module, hook) for module in encoder.modules() for hook in ("_hf_hook", "_diffusers_hook"))
+    return pipeline._execution_device if is_offloaded else encoder.device
 
 
 def _pad(

@@ -21,6 +21,8 @@ PRESETS_FOLDER = PROJECT_FOLDER / "configs"
 
 PRECISIONS = ("auto", "fp16", "bf16", "fp32")
 DEVICES = ("auto", "cuda", "cuda:N", "mps", "cpu")
+MEMORY_MODES = ("auto", "fast", "balanced", "low", "minimal")
+QUANTIZATIONS = ("int8", "nf4")
 
 
 @dataclass(slots=True)
@@ -40,6 +42,8 @@ class ModelConfig:
 class OptimizationConfig:
     """Memory and speed. With no switch set, a plan that fits the card is chosen; a switch is honoured over the plan."""
 
+    memory: str = "auto"  # the fastest that fits, or what lies on the card: fast all, balanced a component, low a block ...
+    quantize: str | None = None  # int8 | nf4: the U-Net's matrices in fewer bits (bitsandbytes); the pictures change
     max_vram_gb: float | None = None  # plan as if the card had this much, in GiB
     enable_model_cpu_offload: bool = False  # one component on the card at a time
     enable_sequential_cpu_offload: bool = False  # one layer on the card at a time: smallest and slowest

@@ -63,6 +63,7 @@ def describe_picture(
         vae=ModelRef(model.vae_name, model.family, None) if model.vae_name else None,
         loras=tuple(_lora_ref(item) for item in attached),
         precision=model.precision,
+        quantize=plan.quantize,
         device=model.device_name,
         memory_plan=plan.placement.name,
         peak_bytes=optimizations.peak_bytes(model.device),

@@ -6,10 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from src import devices, images, memory_plan, model_files, model_shapes, model_source
-from src.config import AppConfig, check_machine
+from src import devices, images, memory_plan, memory_prediction, model_files, model_shapes, model_source
+from src.config import AppConfig, OptimizationConfig, check_machine
 from src.errors import not_found, refused
-from src.memory_plan import GIB
+from src.measured_peaks import MeasuredPeaks, peak_key
+from src.memory_plan import WINDOWS_RESERVE_BYTES
+from src.memory_prediction import GIB
+from src.plan_report import table
 from src.prompts import extract_loras
 from src.request import LoraChoice, PictureRequest
 from src.tensor_files import missing, read_header, refuse_pickle
@@ -22,20 +25,21 @@ class Answer:
     model: str
     family: str
     device: str  # what is drawn on, in words
-    request: memory_plan.Request
+    request: memory_prediction.Request
     plan: memory_plan.Plan
 
     def text(self) -> str:
         """Some lines of text: what is asked, every plan with its peak, the phases of the chosen one, and notes."""
         need = self.request
+        quantized = f", {need.quantize} U-Net" if need.quantize else ""
         adapters = f", adapters {need.lora_bytes / GIB:.2f} GiB" if need.lora_bytes else ""
         lines = [
-            f"model   {self.model} ({self.family}), {need.precision}{adapters}",
+            f"model   {self.model} ({self.family}), {need.precision}{quantized}{adapters}",
             f"picture {need.width_px}x{need.height_px}, batch size {need.batch_size}, "
             f"guidance {'on' if need.guidance else 'off'}",
             f"device  {self.device}",
             "",
-            memory_plan.table(self.plan),
+            table(self.plan),
             *(f"note: {note}" for note in self.plan.notes),
         ]
         if self.plan.budget_bytes is None:
@@ -48,14 +52,18 @@ class Answer:
         return {
             "model": self.model, "family": self.family, "precision": need.precision, "device": self.device,
             "width": need.width_px, "height": need.height_px, "batch_size": need.batch_size, "guidance": need.guidance,
-            "lora_bytes": need.lora_bytes, "plan": plan.placement.name, "predicted_peak_bytes": plan.estimate.peak_bytes,
+            "lora_bytes": need.lora_bytes, "quantize": need.quantize, "plan": plan.placement.name,
+            "predicted_peak_bytes": plan.estimate.peak_bytes, "measured_peak_bytes": plan.measured.get(plan.placement.name),
             "budget_bytes": plan.budget_bytes, "fits": plan.fits, "notes": list(plan.notes),
             "phases": [
                 {"name": phase.name, "weights_bytes": phase.weights_bytes, "activations_bytes": phase.activations_bytes,
                  "total_bytes": phase.total_bytes}
                 for phase in plan.estimate.phases
             ],
-            "plans": [{"name": item.name, "predicted_peak_bytes": peak, "fits": fits} for item, peak, fits in plan.rows],
+            "plans": [
+                {"name": item.name, "peak_bytes": peak, "is_measured": item.name in plan.measured, "fits": fits}
+                for item, peak, fits in plan.rows
+            ],
         }  # fmt: skip
 
 
@@ -66,17 +74,23 @@ def estimate(config: AppConfig, request: PictureRequest) -> Answer:
     model, VAE or adapter that is missing or something else.
     """
     check_machine(config.model)
+    memory_plan.check_switches(config.optimization)
     place = find_place(config)
     source, shapes = find_model(config)
     if isinstance(request.init_image, Path):  # as the run does, the size follows the picture that is drawn over
         width_px, height_px = images.fitting_size(images.read_image(request.init_image).size, shapes.native_px)
         request = replace(request, width=request.width or width_px, height=request.height or height_px)
-    need = memory_plan.Request.of(
+    need = memory_prediction.Request.of(
         request, shapes.native_px, place.precision,
-        lora_bytes=memory_plan.adapter_bytes(_adapter_files(config, request), place.precision),
-        safety_checker=source.kind != "file",
+        lora_bytes=memory_prediction.adapter_bytes(_adapter_files(config, request), place.precision),
+        safety_checker=source.kind != "file" and not config.optimization.disable_safety_checker,
+        quantize=config.optimization.quantize,
     )  # fmt: skip
-    plan = memory_plan.choose(shapes, need, place.budget_bytes, config.optimization, memory_bytes=place.memory_bytes)
+    key = peak_key(place.name, source.name, shapes, need, request.mode, config)
+    measured = MeasuredPeaks(config.paths.folder("cache")).of(key)
+    plan = memory_plan.choose(
+        shapes, need, place.budget_bytes, config.optimization, memory_bytes=place.memory_bytes, measured=measured
+    )
     return Answer(source.name, shapes.family, place.words, need, plan)
 
 
@@ -104,6 +118,7 @@ class Place:
     """What is drawn on."""
 
     words: str
+    name: str  # as torch calls the device
     precision: str
     budget_bytes: int | None  # None: no card
     memory_bytes: int | None = None  # without a card: the main memory that is free
@@ -119,22 +134,24 @@ def find_place(config: AppConfig) -> Place:
         wanted.precision, on_card=device != "cpu" or is_imagined, cpu_bf16=devices.cpu_has_bf16()
     )
     if is_imagined:
-        return Place(f"a card with {cap_bytes / GIB:g} GiB (--max-vram), which is not here", precision, cap_bytes)
+        return Place(f"a card with {cap_bytes / GIB:g} GiB (--max-vram), which is not here", "", precision, cap_bytes)
     total_bytes = devices.total_memory_bytes()
     if device == "cpu":
         free_bytes = devices.available_memory_bytes() or total_bytes
         words = f"CPU, {free_bytes / GIB:.1f} of {total_bytes / GIB:.1f} GiB of memory free"
-        return Place(words, precision, None, free_bytes)
+        return Place(words, device, precision, None, free_bytes)
     if device == "mps":  # shares the machine's memory; what macOS lets it have is about this much
-        limit_bytes = total_bytes * 2 // 3
+        limit_bytes, name = total_bytes * 2 // 3, device
         words = f"Apple GPU, two thirds of {total_bytes / GIB:.1f} GiB of memory"
     else:
         card = cards[int(device.partition(":")[2] or 0)]
-        limit_bytes = card.free_bytes
-        words = f"{card.name}, {limit_bytes / GIB:.1f} of {card.total_bytes / GIB:.1f} GiB free"
+        limit_bytes, name = memory_plan.card_budget(card.free_bytes, OptimizationConfig()), card.name
+        words = f"{card.name}, {card.free_bytes / GIB:.1f} of {card.total_bytes / GIB:.1f} GiB free"
+        if limit_bytes < card.free_bytes:
+            words += f", of which {WINDOWS_RESERVE_BYTES / GIB:.1f} are left to Windows"
     if cap_bytes is not None and cap_bytes < limit_bytes:
-        return Place(f"{words}, planned for {cap_bytes / GIB:g} (--max-vram)", precision, cap_bytes)
-    return Place(words, precision, limit_bytes)
+        return Place(f"{words}, planned for {cap_bytes / GIB:g} (--max-vram)", name, precision, cap_bytes)
+    return Place(words, name, precision, limit_bytes)
 
 
 def _adapter_files(config: AppConfig, request: PictureRequest) -> list[Path]:

@@ -9,22 +9,20 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from PIL import Image
 
-from src import base_models, conditioning, denoising, files, images, memory_plan, model_shapes, optimizations, prompts
+from src import base_models, conditioning, denoising, files, images, model_shapes, optimizations, prompts
 from src.config import AppConfig, ModelConfig, check_types
 from src.drawn_recipe import describe_picture
-from src.errors import ExitCode, UserError, usage_error
+from src.errors import usage_error
 from src.lora.shelf import LoraShelf, last_of_each
 from src.lora.stack import AdapterStack, LoraReport
+from src.memory_ladder import MemoryLadder, Result
 from src.recipe import to_text_chunks
 from src.request import MAX_SEED, LoraChoice, PictureRequest
 from src.schedulers import build_scheduler, find_sampler
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +78,16 @@ class TextToImageGenerator:
         self._loras = loras  # at once: should loading fail, they are attached when it succeeds
         check_types(self.config)
         started = time.monotonic()
-        self._model = model = base_models.load(self.config)
-        self._loaded_from = replace(self.config.model)
-        self._shapes = model_shapes.read_shapes(model.config_folder)
-        self._shelf = LoraShelf(AdapterStack(model.pipeline, model.family), self.say)
-        self._budget_bytes = optimizations.memory_budget(model.device, self.config.optimization)
+        model = base_models.load(self.config)
+        shapes = model_shapes.read_shapes(model.config_folder)
+        shelf = LoraShelf(AdapterStack(model.pipeline, model.family), self.say)
         seconds = time.monotonic() - started
         self.say(f"model   {model.name} ({model.family}), {model.precision} on {model.device}, {seconds:.1f} s")
+        memory = MemoryLadder(model, shapes, self.config, shelf.files, self.say)
+        self._memory, self._shelf, self._loaded_from = memory, shelf, self._wanted()
         request = PictureRequest.from_config(self.config.generation, prompt="-")
-        self._within_memory(request, lambda: self._place(request))
-        self._use(loras)
+        memory.place(request)
+        self._use(loras, request)
 
     def unload(self) -> None:
         """Free the model, its adapters and the memory they held."""
@@ -98,10 +96,18 @@ class TextToImageGenerator:
 
     @property
     def model(self) -> base_models.LoadedModel:
-        """The configured model; loaded now, if it is not yet, or if ``config.model`` has changed since."""
-        if self._model is None or self._loaded_from != self.config.model:
+        """The configured model; loaded now, if it is not yet, or if its configuration has changed since."""
+        if self._model is None or self._loaded_from != self._wanted():
             self.load_model()
         return self._model
+
+    @property
+    def _model(self) -> base_models.LoadedModel | None:
+        return None if self._memory is None else self._memory.model
+
+    def _wanted(self) -> tuple[ModelConfig, str | None]:
+        """What decides which weights are loaded."""
+        return replace(self.config.model), self.config.optimization.quantize
 
     def weights_sha256(self) -> str:
         """SHA-256 of the model's weights (the U-Net's file, or the single file)."""
@@ -110,60 +116,11 @@ class TextToImageGenerator:
         return self._weights_sha256
 
     def _forget(self) -> None:
-        self._model: base_models.LoadedModel | None = None
-        self._loaded_from: ModelConfig | None = None
+        self._memory: MemoryLadder | None = None  # holds the model
+        self._loaded_from: tuple[ModelConfig, str | None] | None = None
         self._weights_sha256: str | None = None
-        self._shapes: model_shapes.ModelShapes | None = None
-        self._plan: memory_plan.Plan | None = None
-        self._budget_bytes: int | None = None
         self._shelf: LoraShelf | None = None
         self._loras: tuple[LoraChoice, ...] = ()  # loaded to stay; the shelf knows what is in use right now
-
-    # -- memory
-
-    def _place(self, request: PictureRequest) -> None:
-        """Choose a memory plan for the request's size and apply it, if it is another one than now."""
-        model, options = self._model, self.config.optimization
-        lora_files = (file for item in self._shelf.attached for file in item.adapter.files)
-        lora_bytes = memory_plan.adapter_bytes(lora_files, model.precision)
-        has_checker = getattr(model.pipeline, "safety_checker", None) is not None
-        need = memory_plan.Request.of(
-            request, model.native_size_px, model.precision, lora_bytes=lora_bytes, safety_checker=has_checker
-        )
-        plan = memory_plan.choose(self._shapes, need, self._budget_bytes, options)
-        before, self._plan = self._plan, plan
-        if before is None or plan.placement != before.placement:
-            self.say(f"plan    {memory_plan.describe(plan)}")
-            for note in plan.notes:
-                self.say(f"plan    {note}")
-            if options.enable_torch_compile:
-                self.say("compile the U-Net is compiled at the first step, which takes up to minutes")
-            optimizations.apply(model.pipeline, plan.placement, options, model.device)
-
-    def _within_memory(self, request: PictureRequest, action: Callable[[], Result]) -> Result:
-        """Do something; when memory runs out, step down to a smaller plan and do it again: same seeds, same picture."""
-        while True:
-            try:
-                return action()
-            except (MemoryError, RuntimeError) as error:
-                if not optimizations.is_out_of_memory(error):
-                    raise
-            # Outside of the except block: inside, the error's frames would keep the tensors that filled the memory.
-            self._step_down(request)
-
-    def _step_down(self, request: PictureRequest) -> None:
-        """Plan for less than the plan that failed. Raises UserError (out of memory) when there is no smaller one."""
-        optimizations.free_memory()
-        failed = self._plan
-        if self._budget_bytes is not None:
-            self._budget_bytes = min(self._budget_bytes, failed.estimate.peak_bytes - 1)
-            self.say(f"memory  ran out with plan {failed.placement.name}; trying a smaller one")
-            self._place(request)
-        if self._plan.placement == failed.placement:
-            size = f"{request.width or self._model.native_size_px}x{request.height or self._model.native_size_px}"
-            wanted = f"{size}, batch size {request.batch_size}, plan {failed.placement.name}"
-            way_out = "use --batch-size 1 or a smaller size" if request.batch_size > 1 else "use a smaller size or model"
-            raise UserError(f"out of memory ({wanted}); {way_out}", ExitCode.OUT_OF_MEMORY)
 
     # -- adapters
 
@@ -188,10 +145,11 @@ class TextToImageGenerator:
         self._loras = last_of_each(choices)
         return [item.report for item in self._shelf.attached] if self._loras else []
 
-    def _use(self, choices: tuple[LoraChoice, ...]) -> None:
+    def _use(self, choices: tuple[LoraChoice, ...], request: PictureRequest | None = None) -> None:
         """Attach exactly these adapters to the model."""
         self.model  # noqa: B018 - there must be something to attach to
-        self._shelf.use(choices, self.allow_partial)
+        request = request or PictureRequest.from_config(self.config.generation, prompt="-")
+        self._memory.within(request, lambda: self._shelf.use(choices, self.allow_partial))
 
     # -- pictures
 
@@ -245,7 +203,7 @@ class TextToImageGenerator:
             raise usage_error(f"{model.name} is an inpainting model; give it a picture with --init-image and a --mask")
         start, (width_px, height_px) = self._read_start(request)
         request = replace(request, width=width_px, height=height_px)
-        self._within_memory(request, lambda: self._place(request))
+        self._memory.place(request)
         done = 0
         for batch in self._batches(request):
             report = None if on_step is None else partial(_report_step, on_step, done, len(batch))
@@ -255,13 +213,19 @@ class TextToImageGenerator:
     def preview(self, latents: torch.Tensor) -> list[Image.Image]:
         """Latents (B, 4, h, w), such as ``Step.latents()`` gives -> small pictures of what is becoming of them.
 
-        Empty where the estimate is still beyond the VAE's range.
+        Empty where the estimate is still beyond the VAE's range, and, said, where memory does not suffice.
         """
         pipeline = self.model.pipeline
         try:
             return denoising.preview(pipeline.vae, latents, pipeline._execution_device)
         except denoising.NotFinite:
             return []
+        except (MemoryError, RuntimeError) as error:
+            if not optimizations.is_out_of_memory(error):
+                raise
+        optimizations.free_memory()  # outside of the except block, where the error's frames would keep what filled it
+        self.say("preview left out: memory ran out; the picture goes on")
+        return []
 
     def save_images(
         self, pictures: Sequence[Image.Image], prefix: str | None = None, output_dir: str | Path | None = None
@@ -298,31 +262,34 @@ class TextToImageGenerator:
         loras = last_of_each([*self._loras, *request.loras, *named])
         if before is not None and (before.text, before.negative, before.loras) == (text, negative, loras):
             return replace(before, seed=seed, prompt=prompt)
-        self._use(loras)  # adapters change the text encoders, too
+        self._use(loras, request)  # adapters change the text encoders, too
         options = {"clip_skip": request.clip_skip, "weighted": request.prompt_weights}
-        encoded = self._within_memory(request, lambda: conditioning.encode(self._model.pipeline, text, negative, **options))
+        encoded = self._memory.within(request, lambda: conditioning.encode(self._model.pipeline, text, negative, **options))
         return Task(seed, prompt, text, negative, loras, encoded)
 
     def _draw_batch(
         self, request: PictureRequest, batch: list[Task], start: denoising.Start | None, report: denoising.StepCallback | None
     ) -> Iterator[Image.Image]:
         """Draw one batch and yield its pictures with their recipes."""
-        self._use(batch[0].loras)
-        self._within_memory(request, lambda: self._place(request))  # adapters take memory, too
-        model, attached, started = self._model, self._shelf.attached, time.monotonic()
-        optimizations.reset_peak(model.device)
-        latents = self._within_memory(request, lambda: self._denoise(request, batch, start, report))
+        self._use(batch[0].loras, request)
+        memory, attached = self._memory, self._shelf.attached
+        memory.place(request)  # adapters take memory, too
+        memory.start_measuring()
+        started = time.monotonic()
+        latents = memory.within(request, lambda: self._denoise(request, batch, start, report))
         seconds = (time.monotonic() - started) / len(batch)
         for task, latent in zip(batch, latents):
             started = time.monotonic()
-            picture = self._within_memory(request, lambda latent=latent: self._decode(latent[None]))
+            picture = memory.within(request, lambda latent=latent: self._decode(latent[None]))
             if start is not None and start.mask is not None:
                 picture = denoising.keep_outside_mask(picture, start)
             own = replace(request, seed=task.seed, prompt=task.prompt, negative_prompt=task.negative)
             time_s = seconds + time.monotonic() - started
-            drawn = describe_picture(model, self.weights_sha256(), own, attached, self._plan, self.config, time_s)
+            drawn = describe_picture(memory.model, self.weights_sha256(), own, attached, memory.plan, self.config, time_s)
             choice = find_sampler(request.scheduler)
             picture.info = to_text_chunks(drawn, choice.sampler.label, choice.schedule_label) | {"drawn": drawn}
+            if task is batch[-1]:
+                memory.end_measuring()
             yield picture
 
     def _denoise(
@@ -331,7 +298,7 @@ class TextToImageGenerator:
         """One batch through the U-Net: latents (B, 4, h, w)."""
         model = self._model
         model.pipeline.scheduler = build_scheduler(find_sampler(request.scheduler), model.scheduler_config)
-        conditionings = [task.conditioning for task in batch]
+        conditionings = [task.conditioning.to(model.device, model.dtype) for task in batch]  # on the last rung, elsewhere
 
         def run() -> torch.Tensor:
             sources = denoising.generators([task.seed for task in batch])
@@ -348,7 +315,7 @@ class TextToImageGenerator:
         """Latents (1, 4, h, w) -> a picture."""
         pipeline = self._model.pipeline
         try:
-            pixels = self._with_larger_vae(lambda: denoising.decode(pipeline.vae, latents))
+            pixels = self._with_larger_vae(lambda: denoising.decode(pipeline.vae, latents.to(self._model.device)))
         except denoising.NotFinite as error:
             raise denoising.explain_not_finite(error, "fp32") from None
         finally:
@@ -367,7 +334,9 @@ class TextToImageGenerator:
             if vae.dtype == torch.float32:
                 raise
         self.say("vae     its output held no numbers in this precision; going on in fp32")
-        optimizations.use_float32_vae(self._model.pipeline, self._plan.placement, self.config.optimization, self._model.device)
+        optimizations.use_float32_vae(
+            self._model.pipeline, self._memory.plan.placement, self.config.optimization, self._model.device
+        )
         return action()
 
     def _read_start(self, request: PictureRequest) -> tuple[denoising.Start | None, tuple[int, int]]:

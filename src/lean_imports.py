@@ -57,7 +57,7 @@ def for_drawing(options: OptimizationConfig) -> Iterator[None]:
 
 
 def _can_be_lean(options: OptimizationConfig) -> bool:
-    if options.enable_torch_compile or "torch" in sys.modules:
+    if options.enable_torch_compile or options.quantize or "torch" in sys.modules:
         return False
     try:
         is_tested = all(version(name).partition("+")[0] == tested for name, tested in TESTED.items())

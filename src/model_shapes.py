@@ -254,87 +254,87 @@ def _encoder_blocks(vae: Config) -> list[Block]:
 # Parameter counts, one per layer (a convolution, a linear map, a norm, an embedding): what sequential offload moves at once.
 
 
-def _conv(inputs: int, outputs: int, kernel: int = 3) -> int:
+def conv(inputs: int, outputs: int, kernel: int = 3) -> int:
     return inputs * outputs * kernel**2 + outputs
 
 
-def _linear(inputs: int, outputs: int, bias: bool = True) -> int:
+def linear(inputs: int, outputs: int, bias: bool = True) -> int:
     return inputs * outputs + outputs * bias
 
 
-def _norm(width: int) -> int:
+def norm(width: int) -> int:
     return 2 * width
 
 
-def _resnet_layers(inputs: int, outputs: int, time_width: int = 0) -> Iterator[int]:
-    yield from (_norm(inputs), _conv(inputs, outputs), _norm(outputs), _conv(outputs, outputs))
+def resnet_layers(inputs: int, outputs: int, time_width: int = 0) -> Iterator[int]:
+    yield from (norm(inputs), conv(inputs, outputs), norm(outputs), conv(outputs, outputs))
     if time_width:
-        yield _linear(time_width, outputs)
+        yield linear(time_width, outputs)
     if inputs != outputs:
-        yield _conv(inputs, outputs, kernel=1)
+        yield conv(inputs, outputs, kernel=1)
 
 
-def _transformer_layers(width: int, depth: int, context: int) -> Iterator[int]:
-    yield from (_norm(width), _linear(width, width), _linear(width, width))  # proj_in and proj_out, linear or 1x1 convolution
+def transformer_layers(width: int, depth: int, context: int) -> Iterator[int]:
+    yield from (norm(width), linear(width, width), linear(width, width))  # proj_in and proj_out, linear or 1x1 convolution
     for _ in range(depth):
         for source in (width, context):  # self-attention, cross-attention
-            yield _norm(width)
+            yield norm(width)
             yield from (
-                _linear(width, width, bias=False),
-                _linear(source, width, bias=False),
-                _linear(source, width, bias=False),
+                linear(width, width, bias=False),
+                linear(source, width, bias=False),
+                linear(source, width, bias=False),
             )
-            yield _linear(width, width)
-        yield from (_norm(width), _linear(width, 8 * width), _linear(4 * width, width))
+            yield linear(width, width)
+        yield from (norm(width), linear(width, 8 * width), linear(4 * width, width))
 
 
 def _unet_layers(unet: Config) -> Iterator[int]:
     down, mid, up = unet_blocks(unet)
     first = unet["block_out_channels"][0]
     time_width = 4 * first
-    yield _conv(unet.get("in_channels", 4), first)
-    yield from (_linear(first, time_width), _linear(time_width, time_width))
+    yield conv(unet.get("in_channels", 4), first)
+    yield from (linear(first, time_width), linear(time_width, time_width))
     if unet.get("time_cond_proj_dim"):  # guidance as an input: latent consistency models
-        yield _linear(unet["time_cond_proj_dim"], first, bias=False)
+        yield linear(unet["time_cond_proj_dim"], first, bias=False)
     if unet.get("addition_embed_type") == "text_time":
-        yield from (_linear(unet["projection_class_embeddings_input_dim"], time_width), _linear(time_width, time_width))
+        yield from (linear(unet["projection_class_embeddings_input_dim"], time_width), linear(time_width, time_width))
     for block in (*down, *([mid] if mid else []), *up):
         for inputs, outputs in block.resnets:
-            yield from _resnet_layers(inputs, outputs, time_width)
+            yield from resnet_layers(inputs, outputs, time_width)
         attentions = 0 if not block.depth else 1 if block is mid else len(block.resnets)
         for _ in range(attentions):
-            yield from _transformer_layers(block.channels, block.depth, block.context)
+            yield from transformer_layers(block.channels, block.depth, block.context)
         if block.resample:
-            yield _conv(block.channels, block.channels)
-    yield from (_norm(first), _conv(first, unet.get("out_channels", 4)))
+            yield conv(block.channels, block.channels)
+    yield from (norm(first), conv(first, unet.get("out_channels", 4)))
 
 
 def _vae_layers(vae: Config) -> Iterator[int]:
     first, deepest, latents = vae["block_out_channels"][0], vae["block_out_channels"][-1], vae["latent_channels"]
-    yield from (_conv(vae.get("in_channels", 3), first), _norm(deepest), _conv(deepest, 2 * latents))  # encoder's ends
-    yield from (_conv(latents, deepest), _norm(first), _conv(first, vae.get("out_channels", 3)))  # decoder's ends
+    yield from (conv(vae.get("in_channels", 3), first), norm(deepest), conv(deepest, 2 * latents))  # encoder's ends
+    yield from (conv(latents, deepest), norm(first), conv(first, vae.get("out_channels", 3)))  # decoder's ends
     for block in _encoder_blocks(vae) + _decoder_blocks(vae):
         for inputs, outputs in block.resnets:
-            yield from _resnet_layers(inputs, outputs)
+            yield from resnet_layers(inputs, outputs)
         if block.resample:
-            yield _conv(block.channels, block.channels)
+            yield conv(block.channels, block.channels)
     for _ in ("encoder's middle", "decoder's middle"):
-        yield from (*_resnet_layers(deepest, deepest), *_resnet_layers(deepest, deepest))
+        yield from (*resnet_layers(deepest, deepest), *resnet_layers(deepest, deepest))
         if vae.get("mid_block_add_attention", True):
-            yield from (_norm(deepest), *[_linear(deepest, deepest)] * 4)
+            yield from (norm(deepest), *[linear(deepest, deepest)] * 4)
     if vae.get("use_quant_conv", True):
-        yield _conv(2 * latents, 2 * latents, kernel=1)
+        yield conv(2 * latents, 2 * latents, kernel=1)
     if vae.get("use_post_quant_conv", True):
-        yield _conv(latents, latents, kernel=1)
+        yield conv(latents, latents, kernel=1)
 
 
 def _text_layers(text: Config, projection: bool) -> Iterator[int]:
     width, hidden = text["hidden_size"], text["intermediate_size"]
-    yield from (text["vocab_size"] * width, text["max_position_embeddings"] * width, _norm(width))
+    yield from (text["vocab_size"] * width, text["max_position_embeddings"] * width, norm(width))
     for _ in range(text["num_hidden_layers"]):
-        yield from (_norm(width), _norm(width), *[_linear(width, width)] * 4, _linear(width, hidden), _linear(hidden, width))
+        yield from (norm(width), norm(width), *[linear(width, width)] * 4, linear(width, hidden), linear(hidden, width))
     if projection:
-        yield _linear(width, text["projection_dim"], bias=False)
+        yield linear(width, text["projection_dim"], bias=False)
 
 
 def _is_used(index: Config, component: str) -> bool:

@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING
 
 import psutil
 import torch
+from diffusers.hooks import HookRegistry, apply_group_offloading
 
 from src import cpu_layers
 from src.config import OptimizationConfig
 from src.errors import usage_error
-from src.memory_plan import CONTEXT_BYTES, VAE_TILE_PX, budget_of
+from src.memory_plan import budget_of, card_budget
+from src.memory_prediction import CONTEXT_BYTES, VAE_TILE_PX
+from src.quantization import quantize_unet
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline
 
-    from src.memory_plan import Placement
+    from src.memory_prediction import Placement
 
 _OUT_OF_MEMORY_TEXTS = (
     "out of memory",  # CUDA's own, and MPS's
@@ -34,12 +37,11 @@ def memory_budget(device: torch.device, options: OptimizationConfig) -> int | No
 
     Asking CUDA opens a context, whose memory is then no longer free; a plan counts it, so it is given back here.
     """
-    wanted = budget_of(options)
     if device.type == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info(device)
-        return min(free_bytes + CONTEXT_BYTES, wanted or sys.maxsize)
+        return card_budget(free_bytes + CONTEXT_BYTES, options)
     if device.type == "mps":
-        return min(torch.mps.recommended_max_memory(), wanted or sys.maxsize)
+        return min(torch.mps.recommended_max_memory(), budget_of(options) or sys.maxsize)
     return None
 
 
@@ -57,7 +59,7 @@ def apply(pipeline: DiffusionPipeline, placement: Placement, options: Optimizati
 
     Raises UserError (usage) for a switch that this machine cannot do.
     """
-    pipeline.remove_all_hooks()
+    _release(pipeline)
     _set_modes(pipeline, placement, options)
     _make_vae_safe(pipeline)
     if not placement.on_card and not options.enable_torch_compile:  # a compiler does the same in its own way
@@ -69,6 +71,9 @@ def apply(pipeline: DiffusionPipeline, placement: Placement, options: Optimizati
     elif placement.offload == "sequential":
         pipeline.to("cpu")  # nothing may lie on the card before: the hooks would keep that copy
         pipeline.enable_sequential_cpu_offload(device=device)
+    elif placement.offload == "group":
+        pipeline.to("cpu")
+        _offload_groups(pipeline, device)
     else:
         pipeline.to(device)
     is_compiled = any(module._compiled_call_impl is not None for module in pipeline.unet.modules())
@@ -80,9 +85,26 @@ def use_float32_vae(
     pipeline: DiffusionPipeline, placement: Placement, options: OptimizationConfig, device: torch.device
 ) -> None:
     """Give the VAE the larger precision, for good: what overflowed once will again."""
-    pipeline.remove_all_hooks()
+    _release(pipeline)
     pipeline.vae.to(torch.float32)
     apply(pipeline, placement, options, device)
+
+
+def quantize(pipeline: DiffusionPipeline, kind: str, device: torch.device) -> None:
+    """Bring the U-Net's matrices to ``"int8"`` or ``"nf4"``, for good: on the device, so that every plan has the same numbers.
+
+    Raises UserError (usage) without bitsandbytes, and on a Mac.
+    """
+    if device.type == "mps":
+        raise usage_error(f"--quantize {kind} needs an NVIDIA card; leave it out")
+    quantize_unet(pipeline.unet.requires_grad_(False), kind)
+    pipeline.unet.to(device)
+
+
+def move_to_cpu(pipeline: DiffusionPipeline) -> None:
+    """Take everything off the card, in fp32."""
+    _release(pipeline)
+    pipeline.to("cpu", torch.float32)
 
 
 def set_vae_tiling(vae: AutoencoderKL, enabled: bool) -> None:
@@ -106,15 +128,57 @@ def free_memory() -> None:
         torch.mps.empty_cache()
 
 
-def reset_peak(device: torch.device) -> None:
-    """Start a new measurement of the device's peak memory."""
+def reset_peak(device: torch.device, *, clean: bool = False) -> None:
+    """Start a new measurement of the device's peak memory; ``clean``: without what earlier work left in torch's reserve."""
     if device.type == "cuda":
+        if clean:
+            torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """The largest amount allocated since ``reset_peak``; None where it is not counted."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    """The most that this process held of the card since ``reset_peak``, counted as a plan counts: torch's reserve (what it
+    handed out and what it lost) and the context. None where torch does not count: on a CPU and a Mac."""
+    return torch.cuda.max_memory_reserved(device) + CONTEXT_BYTES if device.type == "cuda" else None
+
+
+def _offload_groups(pipeline: DiffusionPipeline, device: torch.device) -> None:
+    """Keep weights in main memory, pinned where that suffices, and fetch each part for its work.
+
+    The U-Net, which works at every step, in blocks (``unet_weights.offload_groups``): on CUDA the next one is fetched by a
+    stream of its own while one works. diffusers' own blocks (a whole level, and the middle always) would hold 2.2 of SDXL's
+    2.6 billion parameters at once. The others, which work once a picture, layer by layer. A safety checker stays on the card.
+    """
+    unet = pipeline.unet
+    places = {"onload_device": device, "offload_device": torch.device("cpu")}
+    streams = {}
+    if device.type == "cuda":
+        weights = sum(item.numel() * item.element_size() for item in unet.parameters())
+        short = psutil.virtual_memory().available < 2 * weights  # torch rounds what it pins up to a power of two
+        streams = {"use_stream": True, "low_cpu_mem_usage": short}
+    levels = [str(level) for level in range(len(unet.config.block_out_channels))]
+    blocks = ["down_blocks", "mid_block", "up_blocks", *levels]  # looked into; what they list are the groups
+    apply_group_offloading(unet, **places, **streams, offload_type="block_level", num_blocks_per_group=1, block_modules=blocks)
+    for name, component in pipeline.components.items():
+        if name == "safety_checker" and component is not None:
+            component.to(device)
+        elif isinstance(component, torch.nn.Module) and component is not unet:
+            apply_group_offloading(component, **places, offload_type="leaf_level")
+
+
+def _release(pipeline: DiffusionPipeline) -> None:
+    """Take every offload hook off; weights stay where they are."""
+    pipeline.remove_all_hooks()
+    for component in pipeline.components.values():
+        for module in component.modules() if isinstance(component, torch.nn.Module) else ():
+            if hasattr(module, "_diffusers_hook"):
+                registry: HookRegistry = module._diffusers_hook
+                for name in list(registry.hooks):
+                    registry.remove_hook(name, recurse=False)
+                del module._diffusers_hook
+            # Both libraries put back the class's own forward as an attribute, which hides that of a class exchanged later.
+            if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
+                del module.forward
 
 
 def _set_modes(pipeline: DiffusionPipeline, placement: Placement, options: OptimizationConfig) -> None:

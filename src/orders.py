@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import re
 import sys
 from collections import Counter
@@ -10,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from src import devices, files, model_source
+from src import devices, files, memory_plan, model_source
 from src.arguments import FLAG_OF, apply_typed, parse_job
 from src.config import AppConfig, check_machine
 from src.errors import UserError, usage_error
@@ -76,7 +77,9 @@ def job_settings(request: PictureRequest, config: AppConfig, named: NamedFiles) 
     settings["tagged"] = [[name, named.adapter_sha256(named.tagged(name))] for name in _tagged_loras(request, config)]
     model = config.model
     settings |= {name: getattr(model, name) for name in ("model_id", "revision", "vae", "architecture", "precision")}
-    return settings | {"safety_checker": not config.optimization.disable_safety_checker}
+    settings["safety_checker"] = not config.optimization.disable_safety_checker
+    # Left out where it is not asked for: jobs that an earlier version finished keep their ids.
+    return settings | ({"quantize": config.optimization.quantize} if config.optimization.quantize else {})
 
 
 # -- jobs
@@ -156,6 +159,9 @@ def check_surroundings(typed: dict[str, Any], config: AppConfig, processes: Proc
     if typed.get("preview", 1) < 1:
         raise usage_error(f"--preview {typed['preview']}: give the number of steps between previews, 1 or more")
     check_machine(config.model)
+    memory_plan.check_switches(config.optimization)
+    if config.optimization.quantize and importlib.util.find_spec("bitsandbytes") is None:
+        raise usage_error("--quantize needs the package bitsandbytes; pip install bitsandbytes, or leave --quantize out")
     devices.pick_precision(config.model.precision, on_card=config.model.device != "cpu", cpu_bf16=False)
     folder = files.check_writable_folder(config.paths.folder("outputs"))
     files.safe_join(folder, f"{config.paths.prefix}_00000000_000000_000.png")

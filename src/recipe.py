@@ -83,6 +83,7 @@ class Recipe:
     vae: ModelRef | None = None
     loras: tuple[LoraRef, ...] = ()
     precision: str
+    quantize: str | None = None
     device: str
     memory_plan: str
     peak_bytes: int | None = None
@@ -219,7 +220,8 @@ def _read_own(text: str) -> ParsedRecipe | None:
         draft.take_lora(lora.get("name"), lora.get("weight"), *hashes)
     for key in ("init_image", "mask"):
         draft.take_picture(key, _object(document.get(key)))
-    draft.take_surroundings(document.get("precision"), document.get("device"), _object(document.get("stack")).get("torch"))
+    torch = _object(document.get("stack")).get("torch")
+    draft.take_surroundings(document.get("precision"), document.get("device"), torch, document.get("quantize"))
     if document.get("rng") != "cpu":
         draft.notes.append(f"drawn with {shown(document.get('rng'))} noise; the picture will differ")
     known = {item.name for item in fields(Recipe)} | {"schema"}

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from src.config import PRECISIONS
+from src.config import PRECISIONS, QUANTIZATIONS
 
 MODES = ("txt2img", "img2img", "inpaint")
 MAX_NOTES = 20
@@ -53,6 +53,7 @@ class Surroundings:
     precision: str | None = None  # fp16 | bf16 | fp32
     device: str | None = None
     torch: str | None = None  # version
+    quantize: str | None = None  # int8 | nf4: the U-Net's matrices
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,11 +209,12 @@ class Draft:
             with self.noting(name, picture.get("name")):
                 setattr(self, name, PictureRef(_name(picture.get("name")), sha256))
 
-    def take_surroundings(self, precision: Any, device: Any, torch: Any) -> None:
+    def take_surroundings(self, precision: Any, device: Any, torch: Any, quantize: Any = None) -> None:
         texts = (
             text if isinstance(text, str) and text.isprintable() and len(text) <= 100 else None for text in (device, torch)
         )
-        self.drawn_on = Surroundings(precision if precision in PRECISIONS[1:] else None, *texts)
+        known = [value if value in names else None for value, names in ((precision, PRECISIONS[1:]), (quantize, QUANTIZATIONS))]
+        self.drawn_on = Surroundings(known[0], *texts, known[1])
 
     def note_rest(self, label: str, names: list[str]) -> None:
         if names:

@@ -61,25 +61,35 @@ def follow_recipe(recipe: ParsedRecipe, typed: dict[str, Any], config: AppConfig
         _follow_models(recipe, typed, config)
         if not is_given(typed, "model.precision") and (recipe.drawn_on.precision != "fp16" or _may_have_card(config)):
             config.model.precision = recipe.drawn_on.precision or config.model.precision
+        if not is_given(typed, "optimization.quantize") and _may_have_card(config):
+            config.optimization.quantize = recipe.drawn_on.quantize
         if "prompt" not in typed:
             typed |= {"prompt": recipe.prompt, "wildcards": False}  # a recorded prompt is final
         _follow_loras(recipe, typed, config, named, say)
     return typed
 
 
-def compare_with_recipe(recipe: ParsedRecipe, weights_sha256: str, precision: str, device: str, say: Say) -> None:
+def compare_with_recipe(
+    recipe: ParsedRecipe, weights_sha256: str, precision: str, device: str, say: Say, quantize: str | None = None
+) -> None:
     """Say what the loaded model and this machine have different from the recipe's: a line each for weights and machine."""
     if recipe.model_sha256 and not weights_sha256.startswith(recipe.model_sha256):
         say(f"recipe  drawn with weights {recipe.model_sha256[:10]}, these are {weights_sha256[:10]}: the picture will differ")
     then = recipe.drawn_on
-    now = replace(then, precision=precision, device=device, torch=version("torch"))
+    now = replace(then, precision=precision, device=device, torch=version("torch"), quantize=quantize)
     now = replace(now, **{name: None for name in ("precision", "device", "torch") if getattr(then, name) is None})
     if then != now:
         say(f"recipe  drawn in {_words(then)}; this run is in {_words(now)}: the picture may differ")
 
 
 def _words(drawn_on: Any) -> str:
-    parts = (drawn_on.precision, drawn_on.device and f"on {drawn_on.device}", drawn_on.torch and f"with torch {drawn_on.torch}")
+    matrices = drawn_on.quantize and f"with an {drawn_on.quantize} U-Net"
+    parts = (
+        drawn_on.precision,
+        matrices,
+        drawn_on.device and f"on {drawn_on.device}",
+        drawn_on.torch and f"with torch {drawn_on.torch}",
+    )
     return " ".join(part for part in parts if part)
 
 

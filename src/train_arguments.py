@@ -8,6 +8,7 @@ from typing import Any
 
 from src.config import (
     DEVICES,
+    QUANTIZATIONS,
     model_of_preset,
     parse_assignment,
     preset_names,
@@ -22,7 +23,6 @@ from src.train_config import (
     MIXED_PRECISIONS,
     OPTIMIZERS,
     PRIOR_TARGETS,
-    QUANTIZATIONS,
     TARGETS,
     TRACKERS,
     TrainRun,

@@ -9,14 +9,13 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from src.config import AppConfig, ModelConfig, OptimizationConfig, PathsConfig, check_machine
+from src.config import QUANTIZATIONS, AppConfig, ModelConfig, OptimizationConfig, PathsConfig, check_machine
 from src.errors import usage_error
 
 TARGETS = ("attention", "kohya", "conv")
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "prodigy")
 LR_SCHEDULERS = ("constant", "linear", "cosine", "cosine_with_restarts", "polynomial")
 MIXED_PRECISIONS = ("auto", "no", "fp16", "bf16")
-QUANTIZATIONS = ("int8", "nf4")
 FORMATS = ("diffusers", "kohya")
 DEFAULT_STEPS = 1000
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")

@@ -18,7 +18,7 @@ traced (tests/test_training_memory.py has the tracer):
     SDXL     1024 px  conv           6969    6935              737     738
     small-sd  512 px  attention       443     441              143     144
 
-No card was at hand: what cuDNN, the allocator and CUDA itself add is that of src/memory_plan.py, and is not measured here.
+No card was at hand: what cuDNN, the allocator and CUDA itself add is that of src/memory_prediction.py, not measured here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from src.estimate import find_model, find_place
-from src.memory_plan import ALLOCATOR_LOSS, CONTEXT_BYTES, ELEMENT_BYTES, GIB, VAE_TILE_PX, Phase
+from src.memory_prediction import ALLOCATOR_LOSS, CONTEXT_BYTES, GIB, VAE_TILE_PX, Phase
 from src.model_shapes import (
     Block,
     Config,
@@ -40,11 +40,18 @@ from src.model_shapes import (
     unet_blocks,
 )
 from src.train_config import TrainConfig, TrainRun
+from src.unet_weights import (
+    ELEMENT_BYTES,
+    QUANTIZED_BYTES,
+    attention_matrices,
+    largest_matrix,
+    other_matrices,
+    transformers,
+    unet_bytes,
+)
 
 TOKENS = 77  # of one window of the text encoders; a longer caption has more, and adds little
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 1, "prodigy": 16}  # a number that learns, beside itself
-# bitsandbytes' forms of a weight: a byte and a scale per row; half a byte and a scale per 64 numbers.
-QUANTIZED_BYTES = {"int8": 1.0, "nf4": 0.5 + 4 / 64}
 WORKING_TRANSFORMER = 12  # maps alive beside what is kept, at most; traced
 RESOLUTION_STEP_PX = 64
 
@@ -227,7 +234,7 @@ def predict(shapes: ModelShapes, need: TrainingNeed, *, on_card: bool = True) ->
     """The phases in time order: encode, train, and samples where they are drawn."""
     element_bytes = ELEMENT_BYTES[need.precision]
     latent = -(-need.resolution_px // shapes.latent_scale)
-    frozen = frozen_unet_bytes(shapes, need.precision, need.quantize)
+    frozen = unet_bytes(shapes, need.precision, need.quantize)
     encoders = {name: shapes.parameters[name] * element_bytes for name in shapes.text_encoders}
     learning = adapter_numbers(shapes, need) * (8 + OPTIMIZER_BYTES[need.optimizer] + 4 * need.ema)
     learning_weights = frozen + learning + (sum(encoders.values()) if need.text_encoders else 0)
@@ -317,57 +324,9 @@ def text_activation_bytes(text: Config, need: TrainingNeed) -> int:
     return y * (layers + 2 * layer) if need.gradient_checkpointing else y * (layers * layer + 8)
 
 
-def frozen_unet_bytes(shapes: ModelShapes, precision: str, quantize: str | None) -> int:
-    """The U-Net's weights as they lie on the card: matrices quantised where that is asked for, the rest in ``precision``."""
-    whole = shapes.parameters["unet"] * ELEMENT_BYTES[precision]
-    if quantize is None:
-        return whole
-    matrices = sum(inputs * outputs for inputs, outputs in _matrices(shapes.unet))
-    rows = sum(outputs for _, outputs in _matrices(shapes.unet)) * 4 * (quantize == "int8")
-    return whole - round(matrices * (ELEMENT_BYTES[precision] - QUANTIZED_BYTES[quantize])) + rows
-
-
 def _restored_bytes(unet: Config, need: TrainingNeed) -> int:
     """The largest quantised matrix, in full precision while it is used."""
-    sizes = () if need.quantize is None else [inputs * outputs for inputs, outputs in _matrices(unet)]
-    return max(sizes, default=0) * ELEMENT_BYTES[need.precision]
-
-
-def _matrices(unet: Config) -> Iterator[tuple[int, int]]:
-    """(inputs, outputs) of every linear layer."""
-    down, mid, up = unet_blocks(unet)
-    first = unet["block_out_channels"][0]
-    yield from ((first, 4 * first), (4 * first, 4 * first))
-    if unet.get("time_cond_proj_dim"):
-        yield (unet["time_cond_proj_dim"], first)
-    if unet.get("addition_embed_type") == "text_time":
-        yield from ((unet["projection_class_embeddings_input_dim"], 4 * first), (4 * first, 4 * first))
-    for block in (*down, *([mid] if mid else []), *up):
-        yield from ((4 * first, channels_out) for _, channels_out in block.resnets)
-        for _ in range(_transformers(block, mid)):
-            yield from _transformer_matrices(block, unet.get("use_linear_projection", False))
-
-
-def _transformers(block: Block, mid: Block | None) -> int:
-    return 0 if not block.depth else 1 if block is mid else len(block.resnets)
-
-
-def _transformer_matrices(block: Block, linear_projection: bool) -> Iterator[tuple[int, int]]:
-    yield from _attention_matrices(block)
-    yield from _other_matrices(block)[0 if linear_projection else 2 :]
-
-
-def _attention_matrices(block: Block) -> Iterator[tuple[int, int]]:
-    width, context = block.channels, block.context
-    for _ in range(block.depth):
-        yield from [(width, width)] * 6  # query and output of both, key and value of the first
-        yield from [(context, width)] * 2
-
-
-def _other_matrices(block: Block) -> list[tuple[int, int]]:
-    """The projections around the blocks, which may be 1x1 convolutions, and the feed-forward layers."""
-    width = block.channels
-    return [(width, width)] * 2 + [(width, 8 * width), (4 * width, width)] * block.depth
+    return 0 if need.quantize is None else largest_matrix(unet) * ELEMENT_BYTES[need.precision]
 
 
 def adapter_numbers(shapes: ModelShapes, need: TrainingNeed) -> int:
@@ -384,9 +343,9 @@ def _target_sizes(unet: Config, targets: str) -> Iterator[tuple[int, int]]:
     """(inputs, outputs) of every layer of the U-Net that gets an adapter; a convolution's inputs count its kernel."""
     down, mid, up = unet_blocks(unet)
     for block in (*down, *([mid] if mid else []), *up):
-        for _ in range(_transformers(block, mid)):
-            yield from _attention_matrices(block)
-            yield from _other_matrices(block) if targets != "attention" else []
+        for _ in range(transformers(block, mid)):
+            yield from attention_matrices(block)
+            yield from other_matrices(block) if targets != "attention" else []
         if targets == "conv":
             for inputs, outputs in block.resnets:
                 yield from ((9 * inputs, outputs), (9 * outputs, outputs), (4 * unet["block_out_channels"][0], outputs))

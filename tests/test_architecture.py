@@ -13,12 +13,14 @@ SOURCES = sorted((ROOT / "src").rglob("*.py"))
 LIGHT = [
     "version", "errors", "config", "train_config", "strict_yaml", "quiet", "files", "folders", "checkpoints", "processes", "devices",
     "tensor_files", "images", "prompts", "captions", "prepared_folder", "dataset", "recipe_dialects", "recipe", "jobs", "schedulers",
-    "request", "named_files", "model_files", "model_shapes", "memory_plan", "model_source", "downloads", "estimate", "terminal",
+    "request", "named_files", "model_files", "model_shapes", "unet_weights", "memory_prediction", "memory_plan", "plan_report",
+    "measured_peaks", "model_source", "downloads", "estimate", "terminal",
     "doors", "session", "flags", "arguments", "orders", "recipe_orders", "training_memory", "train_arguments", "lean_imports",
 ]  # fmt: skip
 HEAVY = [
-    "cpu_kernels", "cpu_memory", "cpu_layers", "optimizations", "model_weights", "base_models", "conditioning",
-    "guidance_interval", "step_cache", "token_merging", "denoising", "lora", "drawn_recipe", "generator", "report", "preparation",
+    "quantization", "cpu_kernels", "cpu_memory", "cpu_layers", "optimizations", "model_weights", "base_models", "conditioning",
+    "guidance_interval", "step_cache", "token_merging", "denoising", "lora", "memory_ladder",
+    "drawn_recipe", "generator", "report", "preparation",
     "diffusion", "training", "example_subject",
 ]  # fmt: skip
 DOORS = ["cli", "prepare_dataset", "train_lora", "bench"]

@@ -15,7 +15,7 @@ from src.cpu_kernels import CpuAttention
 from src.cpu_layers import FusedGeglu, GatedLinear, PackedConv2d, PackedLinear, prepare_for_drawing
 from src.lora.reading import read_adapter
 from src.lora.stack import AdapterStack
-from src.memory_plan import CPU
+from src.memory_prediction import CPU
 from src.optimizations import apply
 from tests.tiny import pipelines
 from tests.tiny.adapters import (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,12 @@ from src import devices
 from src.config import AppConfig, load_config
 from src.errors import ExitCode, UserError
 from src.estimate import Answer, estimate
-from src.memory_plan import ELEMENT_BYTES, GIB, PLANS, Request, predict
+from src.measured_peaks import MeasuredPeaks, peak_key
+from src.memory_plan import WINDOWS_RESERVE_BYTES
+from src.memory_prediction import GIB, PLANS, Request, predict
 from src.model_shapes import bundled_shapes
 from src.request import LoraChoice, PictureRequest
+from src.unet_weights import ELEMENT_BYTES
 from tests.tiny.model_folders import model, safetensors
 
 CARDS = [devices.Card("NVIDIA One", 8 * GIB, 7 * GIB, 0), devices.Card("NVIDIA Two", 24 * GIB, 20 * GIB, 1)]
@@ -90,6 +94,32 @@ def test_a_cap_lowers_what_a_card_has_and_never_raises_it(machine):
     machine(CARDS)
     assert ask(max_vram_gb=3.0).plan.budget_bytes == 3 * GIB
     assert ask(max_vram_gb=80.0).plan.budget_bytes == CARDS[0].free_bytes
+
+
+def test_on_windows_a_reserve_stays_free(machine, monkeypatch):
+    machine(CARDS)
+    monkeypatch.setattr(sys, "platform", "win32")
+    answer = ask()
+    assert answer.plan.budget_bytes == CARDS[0].free_bytes - WINDOWS_RESERVE_BYTES
+    assert "of which 0.6 are left to Windows" in answer.text()
+    assert ask(max_vram_gb=3.0).plan.budget_bytes == 3 * GIB
+
+
+def test_what_a_run_measured_is_answered(machine, tmp_path):
+    machine(CARDS)
+    plain = ask()
+    key = peak_key("NVIDIA One", plain.model, bundled_shapes("sd15"), plain.request, "txt2img", load_config("sd15"))
+    MeasuredPeaks(tmp_path / "models" / "cache").remember(key, "gpu", 4 * GIB)
+    answer = ask()
+    assert (answer.plan.peak_bytes, answer.plan.estimate) == (4 * GIB, plain.plan.estimate)
+    assert "measured peak 4.00 GiB of 7.00 GiB" in answer.text()
+    facts = answer.as_json()
+    assert (facts["measured_peak_bytes"], facts["plans"][0]["is_measured"], facts["plans"][1]["is_measured"]) == (
+        4 * GIB,
+        True,
+        False,
+    )
+    assert ask(width=256).as_json()["measured_peak_bytes"] is None
 
 
 def test_a_card_that_is_not_here_can_be_planned_for(machine):
@@ -204,7 +234,7 @@ def test_json_and_text_say_the_same(machine):
     assert facts["predicted_peak_bytes"] == expected.peak_bytes == max(phase["total_bytes"] for phase in facts["phases"])
     assert [phase["weights_bytes"] for phase in facts["phases"]] == [phase.weights_bytes for phase in expected.phases]
     assert [item["name"] for item in facts["plans"]] == [plan.name for plan in PLANS[:-1]]
-    assert [item["fits"] for item in facts["plans"]] == [item["predicted_peak_bytes"] <= 6 * GIB for item in facts["plans"]]
+    assert [item["fits"] for item in facts["plans"]] == [item["peak_bytes"] <= 6 * GIB for item in facts["plans"]]
     assert (facts["width"], facts["height"], facts["batch_size"], facts["guidance"]) == (1024, 1024, 2, True)
     for fact in ("1024x1024, batch size 2, guidance on", "(SDXL), fp16", f"{expected.peak_bytes / GIB:.2f} GiB of 6.00 GiB"):
         assert fact in answer.text()

@@ -60,6 +60,7 @@ def test_a_process_that_imported_torch_or_compiles_or_has_other_versions_imports
         pytest.skip("these versions are imported whole")
     assert lean_imports._can_be_lean(OptimizationConfig())
     assert not lean_imports._can_be_lean(OptimizationConfig(enable_torch_compile=True))
+    assert not lean_imports._can_be_lean(OptimizationConfig(quantize="int8"))
     monkeypatch.setitem(lean_imports.TESTED, "diffusers", "0.1")
     assert not lean_imports._can_be_lean(OptimizationConfig())
 

@@ -11,22 +11,12 @@ import pytest
 
 from src.config import PROJECT_FOLDER, OptimizationConfig, load_config
 from src.errors import ExitCode, UserError
-from src.memory_plan import (
-    CONTEXT_BYTES,
-    CPU,
-    GIB,
-    PLANS,
-    Placement,
-    Request,
-    adapter_bytes,
-    budget_of,
-    choose,
-    describe,
-    predict,
-    table,
-)
+from src.memory_plan import WINDOWS_RESERVE_BYTES, budget_of, card_budget, choose
+from src.memory_prediction import CONTEXT_BYTES, CPU, GIB, PLANS, Placement, Request, adapter_bytes, predict
 from src.model_shapes import bundled_shapes
+from src.plan_report import describe, table
 from src.request import PictureRequest
+from src.unet_weights import offload_groups, unet_bytes
 from tests.tiny.model_folders import safetensors
 
 SD15, SDXL = Request(512, 512), Request(1024, 1024)
@@ -71,6 +61,9 @@ def test_weights_on_the_card_are_those_that_the_placement_keeps_there():
     assert weights(None) == [2 * (unet + vae + clip_l + big_g) + 1000] * 3
     assert weights("model") == [2 * count + 1000 for count in (big_g, unet, vae)]  # adapters are hooks, which stay
     assert weights("sequential") == [2 * count + 1000 for count in layers]
+    groups = offload_groups(shapes)
+    at_work = groups.resident + 2 * groups.largest  # one works, the next is on its way: tests/test_unet_weights.py
+    assert weights("group") == [2 * count + 1000 for count in (layers[0], at_work, layers[2])]
     adapters = [predict(shapes, replace(request, lora_bytes=size), CPU).peak_bytes for size in (0, 1000)]
     assert adapters[1] - adapters[0] == 1000
 
@@ -130,7 +123,7 @@ def test_sdxl_is_decoded_in_fp32_when_the_rest_is_fp16():
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
 @pytest.mark.parametrize(("name", "side_px"), [("sd15", 512), ("sd21", 768), ("sdxl", 1024), ("sdxl", 2048)])
 def test_each_plan_needs_no_more_than_the_one_before(name, side_px, precision):
-    peaks = [peak(name, Request(side_px, side_px, precision=precision), plan) for plan in (PLANS[0], *PLANS[2:5])]
+    peaks = [peak(name, Request(side_px, side_px, precision=precision), plan) for plan in (PLANS[0], *PLANS[2:6])]
     assert peaks == sorted(peaks, reverse=True)
     assert peak(name, Request(side_px, side_px, precision=precision), PLANS[1]) <= peaks[0]
 
@@ -169,7 +162,7 @@ def test_the_fastest_plan_that_fits_is_chosen_at_every_budget(name, request_):
     [
         ({"enable_model_cpu_offload": True}, ["model-offload", "model-offload+vae-tiling"]),
         ({"enable_sequential_cpu_offload": True}, ["sequential-offload"]),
-        ({"enable_vae_tiling": True}, ["gpu+vae-tiling", "model-offload+vae-tiling", "sequential-offload"]),
+        ({"enable_vae_tiling": True}, ["gpu+vae-tiling", "model-offload+vae-tiling", "group-offload", "sequential-offload"]),
         ({"enable_model_cpu_offload": True, "enable_vae_tiling": True}, ["model-offload+vae-tiling"]),
     ],
 )
@@ -250,6 +243,100 @@ def test_each_card_preset_gets_the_plan_that_its_comment_promises(presets, expec
     assert (plan.placement.name, plan.fits) == (expected, True)
 
 
+@pytest.mark.parametrize(
+    ("name", "size_px", "budget_gib", "expected"),
+    [
+        ("small-sd", 512, 2, "model-offload"),
+        ("sd15", 512, 3, "model-offload"),
+        ("sd15", 512, 4, "gpu"),
+        ("sd15", 512, 6, "gpu"),
+        ("sdxl", 1024, 8, "model-offload"),
+        ("sd15", 512, 2, "group-offload"),
+        ("sdxl", 1024, 6, "model-offload+vae-tiling"),
+        ("sdxl", 1024, 4, "group-offload"),
+    ],
+)
+def test_there_is_a_plan_for_small_cards(name, size_px, budget_gib, expected):
+    plan = choose(bundled_shapes(name), Request(size_px, size_px), budget_gib * GIB, OptimizationConfig())
+    assert (plan.placement.name, plan.fits) == (expected, True)
+
+
+@pytest.mark.parametrize(
+    ("mode", "first"),
+    [("fast", "gpu"), ("balanced", "model-offload"), ("low", "group-offload"), ("minimal", "sequential-offload")],
+)
+def test_a_mode_says_what_lies_on_the_card_at_most(mode, first):
+    options = OptimizationConfig(memory=mode)
+    plan = choose(bundled_shapes("sd15"), SD15, 80 * GIB, options)
+    assert (plan.placement.name, plan.rejected, plan.notes) == (first, (), ())
+    tight = choose(bundled_shapes("sd15"), SD15, GIB, options)
+    assert tight.placement.name == ("gpu+vae-tiling" if mode == "fast" else "sequential-offload")
+    assert not tight.fits
+    assert any("predicted not to fit" in note for note in tight.notes) == (mode == "fast")
+    assert choose(bundled_shapes("sd15"), SD15, None, options).notes == (f"--memory {mode} has no effect without a card",)
+
+
+@pytest.mark.parametrize(
+    ("switches", "said"),
+    [
+        ({"memory": "much"}, "memory 'much' is not known"),
+        ({"quantize": "int4"}, "quantize 'int4' is not known"),
+        ({"memory": "fast", "enable_model_cpu_offload": True}, "contradict"),
+        ({"memory": "low", "enable_sequential_cpu_offload": True}, "contradict"),
+        ({"memory": "minimal", "quantize": "nf4"}, "exclude each other"),
+        ({"enable_sequential_cpu_offload": True, "quantize": "int8"}, "exclude each other"),
+    ],
+)
+def test_modes_and_switches_that_contradict_each_other_are_one_usage_error(switches, said):
+    with pytest.raises(UserError, match=said) as raised:
+        choose(bundled_shapes("sd15"), SD15, 8 * GIB, OptimizationConfig(**switches))
+    assert raised.value.exit_code == ExitCode.USAGE
+    assert "\n" not in str(raised.value)
+
+
+def test_a_mode_and_the_switch_that_means_it_agree():
+    plan = choose(bundled_shapes("sd15"), SD15, 80 * GIB, OptimizationConfig(memory="balanced", enable_model_cpu_offload=True))
+    assert plan.placement.name == "model-offload"
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_quantised_weights_are_counted_where_they_lie_and_never_moved_in_parts(kind):
+    shapes = bundled_shapes("sdxl")
+    for placement in (PLANS[0], PLANS[2]):
+        before, after = (predict(shapes, replace(SDXL, quantize=how), placement) for how in (None, kind))
+        saved = unet_bytes(shapes, "fp16", None) - unet_bytes(shapes, "fp16", kind)
+        assert before.denoise.weights_bytes - after.denoise.weights_bytes == saved > 2 * GIB
+        assert after.denoise.activations_bytes > before.denoise.activations_bytes, "products are wider, or weights brought back"
+    plan = choose(shapes, replace(SDXL, quantize=kind), 80 * GIB, OptimizationConfig(quantize=kind))
+    assert {placement.offload for placement, _, _ in plan.rows} == {None, "model"}
+    assert f"GPU, {kind} U-Net, predicted peak" in describe(plan)
+    with pytest.raises(UserError, match="needs a card"):
+        choose(shapes, replace(SDXL, quantize=kind), None, OptimizationConfig(quantize=kind))
+
+
+def test_windows_keeps_a_reserve_below_which_its_driver_would_swap(monkeypatch):
+    options = OptimizationConfig()
+    assert card_budget(8 * GIB, options) == 8 * GIB
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert card_budget(8 * GIB, options) == 8 * GIB - WINDOWS_RESERVE_BYTES
+    assert card_budget(8 * GIB, OptimizationConfig(max_vram_gb=7.8)) == 8 * GIB - WINDOWS_RESERVE_BYTES
+    assert card_budget(8 * GIB, OptimizationConfig(max_vram_gb=4.0)) == 4 * GIB
+
+
+def test_a_measured_peak_stands_for_the_prediction_and_says_so():
+    shapes = bundled_shapes("sd15")
+    plan = choose(shapes, SD15, 4 * GIB, OptimizationConfig(), measured={"gpu": 5 * GIB, "model-offload": 3 * GIB})
+    assert plan.placement.name == "gpu+vae-tiling"
+    plan = choose(shapes, SD15, 3 * GIB, OptimizationConfig(), measured={"gpu": 2 * GIB})
+    encode = predict(shapes, SD15, PLANS[0]).encode.total_bytes  # before the measurement begins
+    assert plan.placement.name == "model-offload"
+    plan = choose(shapes, SD15, 4 * GIB, OptimizationConfig(), measured={"gpu": 3 * GIB + GIB // 2})
+    assert (plan.placement.name, plan.peak_bytes) == ("gpu", 3 * GIB + GIB // 2)
+    assert describe(plan).startswith("GPU, measured peak 3.50 GiB of 4.00 GiB (predicted 3.71: weights ")
+    assert table(plan).splitlines()[1].endswith("yes  <- chosen  (measured)")
+    assert choose(shapes, SD15, encode, OptimizationConfig(), measured={"gpu": 1}).peak_bytes == encode
+
+
 def test_the_line_says_plan_peak_budget_and_parts():
     plan = choose(bundled_shapes("sdxl"), SDXL, 6 * GIB, OptimizationConfig())
     total, unet = plan.estimate.peak_bytes / GIB, 2 * 2_567_463_684 / GIB
@@ -262,8 +349,8 @@ def test_the_line_says_plan_peak_budget_and_parts():
 def test_the_table_lists_every_plan_and_adds_up():
     plan = choose(bundled_shapes("sdxl"), SDXL, 8 * GIB, OptimizationConfig())
     lines = table(plan).splitlines()
-    assert [line.split()[0] for line in lines[1:6]] == [placement.name for placement in CARD_PLANS]
-    assert [line.split()[2] for line in lines[1:6]] == ["no", "no", "yes", "yes", "yes"]
+    assert [line.split()[0] for line in lines[1:7]] == [placement.name for placement in CARD_PLANS]
+    assert [line.split()[2] for line in lines[1:7]] == ["no", "no", "yes", "yes", "yes", "yes"]
     assert [line for line in lines if line.endswith("<- chosen")] == [lines[3]]
     weights, activations, total = (
         float(cell) for cell in next(line for line in lines if line.startswith("decode")).split()[1:]
@@ -275,8 +362,10 @@ def test_a_plan_is_made_at_once_and_without_torch():
     program = """
 import sys
 from src.config import OptimizationConfig
-from src.memory_plan import Request, choose, table
+from src.memory_plan import choose
+from src.memory_prediction import Request
 from src.model_shapes import bundled_shapes
+from src.plan_report import table
 table(choose(bundled_shapes("sdxl"), Request(1024, 1024), 8 << 30, OptimizationConfig()))
 heavy = {"torch", "diffusers", "transformers", "numpy", "PIL", "yaml"} & set(sys.modules)
 assert not heavy, heavy

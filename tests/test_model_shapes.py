@@ -20,7 +20,7 @@ from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel, CLIPTextMode
 
 from src import model_shapes
 from src.errors import ExitCode, UserError
-from src.memory_plan import CPU, VAE_TILE_PX, Request, predict
+from src.memory_prediction import CPU, VAE_TILE_PX, Request, predict
 from src.model_shapes import bundled_shapes, decoder_activation_bytes, read_shapes, unet_activation_bytes
 from tests.tiny import pipelines
 

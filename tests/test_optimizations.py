@@ -1,5 +1,6 @@
 """Memory modes draw the same picture, running out of memory steps down, and SDXL's VAE never decodes in fp16."""
 
+import sys
 from pathlib import Path
 
 import numpy
@@ -9,11 +10,11 @@ from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_submodules
 from PIL import Image
 
-from src import cpu_layers, memory_plan, optimizations
+from src import cpu_layers, memory_plan, memory_prediction, optimizations
 from src.config import AppConfig, OptimizationConfig
 from src.errors import ExitCode, UserError
 from src.generator import TextToImageGenerator
-from src.memory_plan import Placement
+from src.memory_prediction import Placement
 from tests.tiny import pipelines
 
 PROMPT = "a red circle left of a blue square"
@@ -84,6 +85,41 @@ def test_memory_modes_keep_the_picture(generator, placement: Placement, switches
     expected = draw(generator)
     apply(generator, placement, **switches)
     assert abs(draw(generator) - expected).max() <= tolerance
+
+
+@pytest.mark.parametrize("mode", ["txt2img", "img2img", "inpaint"])
+def test_group_offload_draws_the_same_picture_bit_for_bit(generator, mode: str) -> None:
+    """Without a stream, which takes a card; tests/test_unet_weights.py watches one that is made up."""
+    start = {"init_image": Image.radial_gradient("L").resize((64, 64)).convert("RGB")} if mode != "txt2img" else {}
+    if mode == "inpaint":
+        start["mask_image"] = Image.new("L", (64, 64), 255)
+    expected = draw(generator, clip_skip=2, **start)
+    pipeline = generator.model.pipeline
+    for name in ("group-offload", "gpu", "group-offload"):
+        placement = next(plan for plan in memory_prediction.PLANS if plan.name == name)
+        apply(generator, placement)
+        hooked = [module for module in pipeline.unet.modules() if hasattr(module, "_diffusers_hook")]
+        assert bool(hooked) == (name == "group-offload")
+        assert numpy.array_equal(draw(generator, clip_skip=2, **start), expected)
+    optimizations.use_float32_vae(pipeline, placement, OptimizationConfig(), CPU)
+    assert numpy.array_equal(draw(generator, clip_skip=2, **start), expected)
+    apply(generator, Placement("gpu"))
+    assert not any("forward" in module.__dict__ for module in pipeline.unet.modules()), "no class is hidden by its own forward"
+
+
+def test_what_the_card_has_free_is_what_windows_leaves(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7 * GIB, 8 * GIB))
+    card = torch.device("cuda")
+    elsewhere = optimizations.memory_budget(card, OptimizationConfig())
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert elsewhere - optimizations.memory_budget(card, OptimizationConfig()) == memory_plan.WINDOWS_RESERVE_BYTES
+
+
+def test_a_measured_peak_is_what_a_plan_counts(monkeypatch) -> None:
+    """Torch's reserve and the context, and None where nothing counts."""
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 3 * GIB)
+    assert optimizations.peak_bytes(torch.device("cuda")) == 3 * GIB + memory_prediction.CONTEXT_BYTES
+    assert optimizations.peak_bytes(CPU) is None
 
 
 def test_tiles_are_of_the_size_that_the_plan_counts_with(generator) -> None:
@@ -165,7 +201,9 @@ def test_a_run_steps_down_plan_by_plan_and_draws_the_same_picture(generator, mon
     assert numpy.array_equal(draw(generator), expected)
     assert applied == ["gpu", *applied[1:]]
     assert len(applied) == 3
-    peaks = [memory_plan.PLANS.index(next(plan for plan in memory_plan.PLANS if plan.name == name)) for name in applied]
+    peaks = [
+        memory_prediction.PLANS.index(next(plan for plan in memory_prediction.PLANS if plan.name == name)) for name in applied
+    ]
     assert peaks == sorted(peaks)
     assert sum("ran out" in line for line in lines) == 2
     draw(generator)

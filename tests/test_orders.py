@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -208,3 +209,43 @@ def test_the_files_and_hash_of_an_adapter_are_those_of_its_reader(here: Path) ->
     named = NamedFiles(here, here / "hashes.json")
     assert named.adapter_sha256(Path("parts")) == hashlib.sha256("\n".join(hashes).encode()).hexdigest()
     assert named.adapter_sha256(Path("one")) == sha256("one/b.safetensors")
+
+
+def test_quantised_pictures_are_other_jobs_and_plain_ones_keep_their_ids(here: Path) -> None:
+    (here / "jobs.txt").write_text("a fox\n")
+    ids = [read_jobs("--prompts", "jobs.txt", *extra)[0][0].id for extra in ([], ["--quantize", "int8"], ["--lowvram"])]
+    assert ids[0] != ids[1]
+    assert ids[0] == ids[2], "where weights lie does not change a picture"
+
+
+@pytest.mark.parametrize(
+    ("argv", "mode"),
+    [
+        (["--medvram"], "balanced"),
+        (["--lowvram"], "low"),
+        (["--memory", "minimal"], "minimal"),
+        (["--memory", "low", "--lowvram"], "low"),
+        ([], "auto"),
+    ],
+)
+def test_a1111s_names_of_the_modes(argv: list[str], mode: str) -> None:
+    assert build_config(parse_arguments(["x", *argv])).optimization.memory == mode
+
+
+@pytest.mark.parametrize("argv", [["--medvram", "--lowvram"], ["--memory", "fast", "--lowvram"], ["--memory", "much"]])
+def test_modes_that_contradict_each_other_are_refused(argv: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_arguments(["x", *argv])
+    assert caught.value.exit_code is ExitCode.USAGE
+
+
+def test_contradictory_switches_and_a_missing_package_are_found_before_a_model_is_loaded(here: Path, monkeypatch) -> None:
+    for argv in (["x", "--memory", "fast", "--model-cpu-offload"], ["x", "--quantize", "int8", "--lowvram"]):
+        typed = parse_arguments([*argv, "--model", "embedded"])
+        with pytest.raises(UserError, match=r"contradict|exclude") as caught:
+            orders.check_surroundings(typed, build_config(typed))
+        assert caught.value.exit_code is ExitCode.USAGE
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    typed = parse_arguments(["x", "--quantize", "int8", "--model", "embedded"])
+    with pytest.raises(UserError, match="pip install bitsandbytes"):
+        orders.check_surroundings(typed, build_config(typed))

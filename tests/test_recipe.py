@@ -92,6 +92,7 @@ def any_recipe(rng: random.Random) -> Recipe:
         guidance_end=rng.uniform(0.5, 1),
         strength=rng.choice([None, rng.random()]),
         loras=tuple(LoraRef(f"lora-{index}", rng.uniform(-2, 2), None, 1, 2) for index in range(rng.randrange(4))),
+        quantize=rng.choice([None, "int8", "nf4"]),
         peak_bytes=rng.choice([None, rng.randrange(2**40)]),
         config={"generation": {"width": None, "negative_prompt": any_text(rng)}},
     )

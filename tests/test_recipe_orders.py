@@ -169,6 +169,22 @@ def test_precision_is_restored_where_it_can_be(monkeypatch: pytest.MonkeyPatch) 
         assert draw_again(recipe, *argv)[1].model.precision == expected
 
 
+def test_quantised_weights_are_taken_again_where_there_may_be_a_card_and_said_where_not(monkeypatch) -> None:
+    recipe = replace(RECIPE, quantize="int8")
+    card = devices.Card("RTX", 8 << 30, 8 << 30, 0)
+    monkeypatch.setattr(devices, "has_apple_gpu", lambda: False)
+    for found, argv, expected in ((card, [], "int8"), (card, ["--quantize", "nf4"], "nf4"), (None, [], None)):
+        monkeypatch.setattr(devices, "detect_card", lambda *_, found=found: found)
+        assert draw_again(recipe, *argv)[1].optimization.quantize == expected
+    parsed = recipe_orders.from_text_chunks(to_text_chunks(recipe, "Euler", None))
+    said: list[str] = []
+    parsed = replace(parsed, drawn_on=replace(parsed.drawn_on, torch=None))
+    recipe_orders.compare_with_recipe(parsed, "", "fp32", "cpu", said.append, "int8")
+    recipe_orders.compare_with_recipe(parsed, "", "fp32", "cpu", said.append, None)
+    (line,) = said
+    assert line.startswith("recipe  drawn in fp32 with an int8 U-Net on cpu; this run is in fp32 on cpu: the picture may")
+
+
 def test_other_weights_and_machines_are_a_line_each() -> None:
     recipe = replace(
         RECIPE, model=ModelRef("embedded", "sd15", "a" * 64), precision="fp16", device="RTX", stack={"torch": "1.0"}

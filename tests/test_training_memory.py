@@ -27,11 +27,11 @@ from src.training_memory import (
     choose,
     describe,
     estimate,
-    frozen_unet_bytes,
     predict,
     step_activation_bytes,
     text_activation_bytes,
 )
+from src.unet_weights import unet_bytes
 
 MB = 1_000_000
 CARDS = sorted((PROJECT_FOLDER / "configs" / "train").glob("*gb.yaml"))
@@ -132,10 +132,10 @@ def test_quantised_weights_are_the_matrices_of_the_network(name) -> None:
         unet = UNet2DConditionModel.from_config(shapes.unet)
     matrices = sum(module.weight.numel() for module in unet.modules() if isinstance(module, nn.Linear))
     whole = 2 * sum(parameter.numel() for parameter in unet.parameters())
-    assert frozen_unet_bytes(shapes, "bf16", None) == whole
-    assert frozen_unet_bytes(shapes, "bf16", "nf4") == pytest.approx(whole - matrices * (2 - 0.5625), abs=1)
+    assert unet_bytes(shapes, "bf16", None) == whole
+    assert unet_bytes(shapes, "bf16", "nf4") == pytest.approx(whole - matrices * (2 - 0.5625), abs=1)
     rows = sum(module.out_features for module in unet.modules() if isinstance(module, nn.Linear))
-    assert frozen_unet_bytes(shapes, "bf16", "int8") == whole - matrices + 4 * rows
+    assert unet_bytes(shapes, "bf16", "int8") == whole - matrices + 4 * rows
 
 
 @pytest.mark.parametrize(("name", "px"), [("sd15", 512), ("sdxl", 1024)])

@@ -32,6 +32,10 @@ class LoraShelf:
         self._say = say
         self._read: dict[tuple[Any, ...], Adapter] = {}
 
+    def files(self) -> list[Path]:
+        """The files of what is attached."""
+        return [file for item in self.attached for file in item.adapter.files]
+
     def use(self, choices: Sequence[LoraChoice], allow_partial: bool) -> None:
         """Attach exactly these adapters, as their files are now; what was not in use like that before is reported.
 

@@ -226,7 +226,7 @@ class Trainer:
     def _build_network(self, model: LoadedModel) -> LoraNetwork:
         train, device, unet = self.run.train, self.accelerator.device, model.pipeline.unet
         if train.quantize:
-            from src.training.quantization import quantize_unet
+            from src.quantization import quantize_unet
 
             quantize_unet(unet, train.quantize)
         unet.to(device).train()

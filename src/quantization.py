@@ -1,4 +1,4 @@
-"""The frozen U-Net's matrices in fewer bits, by bitsandbytes: 8 with a scale per row, or NF4 (Dettmers et al. 2023,
+"""A frozen U-Net's matrices in fewer bits, by bitsandbytes: 8 with a scale per row, or NF4 (Dettmers et al. 2023,
 arXiv 2305.14314), 4 with a scale per 64 numbers. Convolutions, norms and the adapter keep their precision.
 
 SDXL's U-Net in bf16 holds 5.14 GB, 3.00 GB with int8, 2.06 GB with nf4 (computed); SD 1.5's 1.72, 1.46 and 1.35 GB, as most
@@ -14,8 +14,7 @@ from typing import Any
 from torch import nn
 
 from src.errors import usage_error
-
-NF4_BLOCK = 64  # numbers that share a scale; bitsandbytes takes no rows that end within one
+from src.unet_weights import NF4_BLOCK
 
 
 def quantize_unet(unet: nn.Module, kind: str) -> None:

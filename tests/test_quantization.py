@@ -10,11 +10,11 @@ from torch import nn
 
 from src.errors import ExitCode, UserError
 from src.model_shapes import bundled_shapes
+from src.quantization import quantize_unet
 from src.train_config import TrainConfig
 from src.training.network import LoraNetwork
-from src.training.quantization import NF4_BLOCK, quantize_unet
 from src.training.speed import prepare_for_speed
-from src.training_memory import frozen_unet_bytes
+from src.unet_weights import NF4_BLOCK, unet_bytes
 from tests.tiny import pipelines
 
 ERRORS = {"int8": 0.02, "nf4": 0.12}
@@ -75,7 +75,7 @@ def test_matrices_shrink_and_the_rest_does_not(kind) -> None:
                 held += parameter.quant_state.absmax.numel() * parameter.quant_state.absmax.element_size()
             if kind == "int8" and parameter.dtype == torch.int8:
                 held += parameter.SCB.numel() * parameter.SCB.element_size()
-    assert held == pytest.approx(frozen_unet_bytes(shapes, "bf16", kind), rel=0.001)
+    assert held == pytest.approx(unet_bytes(shapes, "bf16", kind), rel=0.001)
     kinds = {type(module).__name__ for module in unet.modules() if isinstance(module, nn.Linear)}
     assert kinds == {"Linear8bitLt" if kind == "int8" else "Linear4bit"}
     assert unet.conv_in.weight.dtype == torch.bfloat16

@@ -1,0 +1,161 @@
+"""Keeps a loaded model within its memory: places it by a plan, steps down when memory runs out, remembers what was measured.
+
+The ladder is that of ``memory_prediction.PLANS``, and after the smallest plan of a card the CPU, in fp32 and where the model
+fits into the free main memory. Each step is said; what failed is done again with the same seeds, so the picture is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from src import devices, memory_plan, optimizations
+from src.base_models import LoadedModel
+from src.config import AppConfig, OptimizationConfig
+from src.errors import ExitCode, UserError
+from src.measured_peaks import MeasuredPeaks, peak_key
+from src.memory_prediction import CPU, Placement, Request, adapter_bytes, predict
+from src.model_shapes import ModelShapes
+from src.plan_report import describe
+from src.request import PictureRequest
+
+Result = TypeVar("Result")
+
+
+class MemoryLadder:
+    """The memory of one loaded model. ``model`` and ``plan`` are those in use now: on the last rung it is another model."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        shapes: ModelShapes,
+        config: AppConfig,
+        adapters: Callable[[], Iterable[Path]],
+        say: Callable[[str], None],
+    ) -> None:
+        """``adapters`` gives the files of those that are attached."""
+        self.model = model
+        self.plan: memory_plan.Plan | None = None
+        self._shapes, self._config, self._adapters, self._say = shapes, config, adapters, say
+        self._quantize = config.optimization.quantize
+        self._budget_bytes = optimizations.memory_budget(model.device, config.optimization)
+        self._ran_out = False
+        self._applied: Placement | None = None
+        self._peaks = MeasuredPeaks(config.paths.folder("cache"), say)
+        self._need: Request | None = None  # of the plan in use
+        self._key = ""
+        self._measured_plan: memory_plan.Plan | None = None
+
+    def place(self, request: PictureRequest) -> None:
+        """Choose a plan for the request's size, and apply it if it is another one than now. Steps down as ``within`` does."""
+        self.within(request, lambda: self._place(request))
+
+    def within(self, request: PictureRequest, action: Callable[[], Result]) -> Result:
+        """Do something; when memory runs out, step down to a smaller plan and do it again.
+
+        Raises UserError (out of memory) when there is none.
+        """
+        while True:
+            try:
+                return action()
+            except (MemoryError, RuntimeError) as error:
+                if not optimizations.is_out_of_memory(error):
+                    raise
+            # Outside of the except block: inside, the error's frames would keep the tensors that filled the memory.
+            self._step_down(request)
+
+    def start_measuring(self) -> None:
+        """Begin to measure a batch; one that was never measured starts without what earlier work left."""
+        unknown = self.plan.placement.name not in self._peaks.of(self._key)
+        self._measured_plan = self.plan if unknown else None
+        optimizations.reset_peak(self.model.device, clean=unknown)
+
+    def end_measuring(self) -> None:
+        """Remember what the batch took, if it was drawn with one plan from its start."""
+        peak_bytes = optimizations.peak_bytes(self.model.device)
+        if peak_bytes is not None and self._measured_plan is self.plan:
+            self._peaks.remember(self._key, self.plan.placement.name, peak_bytes)
+
+    @property
+    def _options(self) -> OptimizationConfig:
+        """The user's switches; once memory ran out, those for a placement say only where the ladder begins."""
+        options = replace(self._config.optimization, quantize=self._quantize)
+        if not self._ran_out:
+            return options
+        offload = {"enable_model_cpu_offload": "balanced", "enable_sequential_cpu_offload": "minimal"}
+        first = next((mode for name, mode in offload.items() if getattr(options, name)), options.memory)
+        first = "auto" if first == "fast" or self._budget_bytes is None else first
+        return replace(options, memory=first, **dict.fromkeys(offload, False))
+
+    def _place(self, request: PictureRequest) -> None:
+        plan = self._choose(request)
+        if plan.placement == self._applied:
+            self.plan = plan
+        else:
+            self._take(plan)
+
+    def _choose(self, request: PictureRequest) -> memory_plan.Plan:
+        model, options = self.model, self._options
+        checker = getattr(model.pipeline, "safety_checker", None) is not None
+        lora_bytes = adapter_bytes(self._adapters(), model.precision)
+        self._need = Request.of(
+            request, model.native_size_px, model.precision,
+            lora_bytes=lora_bytes, safety_checker=checker, quantize=options.quantize,
+        )  # fmt: skip
+        self._key = peak_key(model.device_name, model.name, self._shapes, self._need, request.mode, self._config)
+        measured = self._peaks.of(self._key)
+        return memory_plan.choose(self._shapes, self._need, self._budget_bytes, options, measured=measured)
+
+    def _take(self, plan: memory_plan.Plan) -> None:
+        """Say a plan and apply it."""
+        model, options, is_first = self.model, self._options, self.plan is None
+        self.plan, self._applied = plan, None  # when it is cut off half-way, the next one starts anew
+        self._say(f"plan    {describe(plan)}")
+        for note in plan.notes:
+            self._say(f"plan    {note}")
+        if options.enable_torch_compile:
+            self._say("compile the U-Net is compiled at the first step, which takes up to minutes")
+        if options.quantize and is_first:
+            optimizations.quantize(model.pipeline, options.quantize, model.device)
+        optimizations.apply(model.pipeline, plan.placement, options, model.device)
+        self._applied = plan.placement
+
+    def _step_down(self, request: PictureRequest) -> None:
+        """Plan for less than the plan that failed. Raises UserError (out of memory) when there is no smaller one."""
+        optimizations.free_memory()
+        failed = self.plan
+        if self._budget_bytes is not None:
+            self._peaks.forget(self._key, failed.placement.name)  # whatever it was, it is more today
+            self._budget_bytes = min(self._budget_bytes, failed.peak_bytes - 1, failed.estimate.peak_bytes - 1)
+            self._ran_out = True
+            plan = self._choose(request)
+            if plan.placement != failed.placement:
+                self._say(f"memory  ran out with plan {failed.placement.name}; trying a smaller one")
+                self.within(request, lambda: self._take(plan))
+                optimizations.reset_peak(self.model.device)  # what failed is no measure of what comes
+                return
+        if not self._move_to_cpu(request):
+            size = f"{request.width or self.model.native_size_px}x{request.height or self.model.native_size_px}"
+            wanted = f"{size}, batch size {request.batch_size}, plan {failed.placement.name}"
+            way_out = "use --batch-size 1 or a smaller size" if request.batch_size > 1 else "use a smaller size or model"
+            raise UserError(f"out of memory ({wanted}); {way_out}", ExitCode.OUT_OF_MEMORY)
+
+    def _move_to_cpu(self, request: PictureRequest) -> bool:
+        """Go on without the card, if there was one and main memory suffices. In fp32: a CPU is slow in fp16, and in bf16 the
+        picture would be another one. Quantised weights stay where they are: a CPU takes longer with them."""
+        is_there = (self.model.device.type, self.model.dtype) == ("cpu", torch.float32)
+        if self._budget_bytes is None or is_there or self._quantize:
+            return False
+        free_bytes = devices.available_memory_bytes()
+        if free_bytes is not None and predict(self._shapes, replace(self._need, precision="fp32"), CPU).peak_bytes > free_bytes:
+            return False
+        self._say(f"memory  ran out with plan {self.plan.placement.name}; going on with the CPU in fp32, which is slow")
+        optimizations.move_to_cpu(self.model.pipeline)
+        self.model = replace(self.model, device=torch.device("cpu"), dtype=torch.float32)
+        self._budget_bytes = None
+        self._place(request)
+        return True
