@@ -103,7 +103,7 @@ def choose(
     check_switches(forced)
     if forced.quantize and budget_bytes is None:
         raise usage_error(f"--quantize {forced.quantize} needs a card: on a CPU it is slower than without; leave it out")
-    candidates, measured = _candidates(budget_bytes is not None, forced), measured or {}
+    candidates, measured = _candidates(budget_bytes is not None, forced, request), measured or {}
     if forced.disable_safety_checker:
         request = replace(request, safety_checker=False)
     estimates = [(placement, predict(shapes, request, placement)) for placement in candidates]
@@ -141,7 +141,7 @@ def _peak(placement: Placement, estimate: Estimate, measured: Mapping[str, int])
     return estimate.peak_bytes if known is None else max(known, estimate.encode.total_bytes)
 
 
-def _candidates(has_card: bool, forced: OptimizationConfig) -> list[Placement]:
+def _candidates(has_card: bool, forced: OptimizationConfig, request: Request) -> list[Placement]:
     """The placements that keep to the switches, from fast to small. A mode is where they begin, a switch is the only one."""
     if not has_card:
         return [replace(CPU, vae_tiling=forced.enable_vae_tiling)]
@@ -155,6 +155,7 @@ def _candidates(has_card: bool, forced: OptimizationConfig) -> list[Placement]:
         and order.index(placement.offload) >= order.index(first)
         and (placement.vae_tiling or not forced.enable_vae_tiling)
         and (forced.quantize is None or placement.offload in (None, "model"))  # others move parts of a layer
+        and (request.deep_cache == 1 or placement.offload != "group")  # which expects the blocks in their order
     ]
 
 

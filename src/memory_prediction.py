@@ -42,6 +42,8 @@ class Request:
     lora_bytes: int = 0  # adapters, as they lie on the card: see adapter_bytes
     safety_checker: bool = True  # counted only where the model ships one
     quantize: str | None = None  # int8 | nf4: the U-Net's matrices
+    deep_cache: int = 1  # what it keeps and leaves out is not predicted, but goes into what is measured
+    token_merging: float = 0.0
 
     @classmethod
     def of(
@@ -64,6 +66,8 @@ class Request:
             lora_bytes=lora_bytes,
             safety_checker=safety_checker,
             quantize=quantize,
+            deep_cache=picture.deep_cache,
+            token_merging=picture.token_merging,
         )
 
 

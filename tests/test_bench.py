@@ -1,11 +1,15 @@
 """The bench names its parts, and times what the program really answers."""
 
+import json
+import re
+
 import pytest
 import torch
 from PIL import Image
 
 from src.bench import __main__ as bench
-from src.bench import quality, speed, train
+from src.bench import growth, memory, quality, random_models, sides, speed, train
+from src.bench.report import Report, device_name
 from src.bench.script_loop import ScriptLoop
 from src.errors import UserError
 from src.example_subject import COLOURS
@@ -15,35 +19,113 @@ from tests.tiny import pipelines
 
 def test_an_unknown_part_is_one_line(capsys) -> None:
     assert bench.main(["swop"]) == 2
-    assert capsys.readouterr().err.splitlines() == [
-        "error: there is no bench 'swop'; there are: start, swap, speed, quality, train"
-    ]
+    parts = "start, swap, speed, memory, growth, quality, train"
+    assert capsys.readouterr().err.splitlines() == [f"error: there is no bench 'swop'; there are: {parts}"]
 
 
-def test_start_times_each_door_beside_a_bare_interpreter(monkeypatch, capsys) -> None:
+def test_start_times_each_door_beside_a_bare_interpreter_and_a_run_beside_the_stock_script(
+    monkeypatch, capsys, tmp_path
+) -> None:
     monkeypatch.setattr(bench, "RUNS", 1)
-    assert bench.main(["start"]) == 0
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.endswith(" ms")]
-    assert len(rows) == 4
-    assert all(float(row.split()[-2]) > 0 for row in rows)
+    monkeypatch.setattr(bench, "DRAWINGS", 1)
+    assert bench.main(["start", "--output", str(tmp_path)]) == 0
+    (table,) = tmp_path.glob("start-*.md")
+    rows = [row for row in json.loads(table.with_suffix(".json").read_bytes())["items"] if isinstance(row, dict)]
+    assert len(rows) == 6
+    assert all(row["ms"] > 0 for row in rows[:4])
+    assert all(row["s"] > 0.5 for row in rows[4:])
+    assert table.read_text().count("main.py") == 4 == capsys.readouterr().out.count("main.py")
 
 
-def test_both_sides_of_the_speed_bench_draw(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(speed, "STEPS", 2)
+def test_a_report_is_printed_and_written_with_what_it_was_measured_on(capsys, tmp_path) -> None:
+    report = Report("speed", "python -m src.bench speed")
+    report.add(["a remark", {"side": "stock", "next s": 9.876}, {"side": "ours", "next s": 123.4}, {"other": "x", "n": 3}])
+    page = report.write(tmp_path)
+    assert page.name == re.sub(r"[^a-z0-9]+", "-", f"speed-{device_name()}".lower()) + ".md"
+    text = page.read_text()
+    for line in (
+        "`python -m src.bench speed`",
+        "| side | next s |",
+        "| --- | ---: |",
+        "| stock | 9.88 |",
+        "| ours | 123 |",
+        "| x | 3 |",
+    ):
+        assert line in text.splitlines()
+    assert device_name() in text
+    content = json.loads(page.with_suffix(".json").read_bytes())
+    assert content["items"][1] == {"side": "stock", "next s": 9.876}
+    assert content["torch"] == torch.__version__
+    assert [line.split() for line in capsys.readouterr().out.splitlines()][1:3] == [["side", "next", "s"], ["stock", "9.88"]]
+
+
+def test_each_side_draws_in_a_process_of_its_own(tmp_path) -> None:
     model = pipelines.save(pipelines.sd1(), tmp_path / "model")
+    found = sides.measure(sides.Drawing("ours", "fp32", str(model), 64, 1, batch_size=2))
+    assert found.plan == "cpu"
+    assert found.predicted_bytes > 0
+    assert min(found.load_s, found.first_s, found.next_s) > 0
+    assert found.peak_bytes > 10**8
+    with pytest.raises(UserError, match=r"stock fp32 at 63 px failed: .*divisible by 8"):
+        sides.measure(sides.Drawing("stock", "fp32", str(model), 63, 1))
+
+
+def test_all_sides_draw_what_is_asked_for(tmp_path) -> None:
+    model = str(pipelines.save(pipelines.sd1(), tmp_path / "model"))
     for precision in ("fp32", "bf16"):
-        pictures = [speed.load_stock(model, 64, precision)().images[0], *speed.load_ours(model, 64, precision)()]
-        assert [picture.size for picture in pictures] == [(64, 64)] * 2
+        for load in (sides.load_stock, sides.load_ours):
+            pictures = load(sides.Drawing("any", precision, model, 64, 1, batch_size=2))()
+            assert [picture.size for picture in pictures] == [(64, 64)] * 2
 
 
 def test_speeds_are_told_beside_the_stock_scripts(tmp_path, monkeypatch) -> None:
     """Medians of the rounds; the ratio is that of a picture in a warm process."""
     seconds = iter([8.0, 6.0, 4.0, 2.0] * 2 + [80.0, 60.0, 40.0, 20.0])
-    monkeypatch.setattr(speed, "_measure", lambda side, model, size: speed.Measured(1.0, 9.0, next(seconds), 3 * 10**9))
-    lines = list(speed.run(tmp_path, full=False))
-    assert [line.split()[:2] for line in lines[2:]] == [side.split() for side in speed.SIDES]
-    assert all("3.00 GB" in line for line in lines[2:])
-    assert [line.partition("1/")[2].split()[0] for line in lines[2:]] == ["1.00", "1.33", "2.00", "4.00"]
+    monkeypatch.setattr(speed, "measure", lambda drawing, python: sides.Measured(1.0, 9.0, next(seconds), 3 * 10**9))
+    rows = [row for row in speed.run(tmp_path, full=False) if isinstance(row, dict)]
+    assert [row[""] for row in rows] == ["stock fp32", "stock bf16", "ours fp32", "ours bf16"]
+    assert [row["next s"] for row in rows] == [8.0, 6.0, 4.0, 2.0]
+    assert [row["times as fast"] for row in rows] == pytest.approx([1, 8 / 6, 2, 4])
+    seconds = iter([1.0] * 18)
+    rivals = [row[""] for row in speed.run(tmp_path, full=False, compiled=True, openvino=tmp_path) if isinstance(row, dict)]
+    assert rivals == list(speed.SIDES)
+
+
+def test_on_a_card_each_row_of_the_budget_is_drawn_under_its_cap(tmp_path, monkeypatch) -> None:
+    asked = []
+
+    def measure(drawing: sides.Drawing) -> sides.Measured:
+        asked.append(drawing)
+        if drawing.max_vram_gb == 3:
+            raise UserError("out of memory")
+        return sides.Measured(1, 1, 2.5, 11 * memory.GIB // 10, memory.GIB, "group-offload")
+
+    monkeypatch.setattr(memory, "measure", measure)
+    monkeypatch.setattr(memory.devices, "detect_cards", lambda: ["a card"])
+    monkeypatch.setattr(memory.random_models, "write", lambda model, name, precision: model.mkdir())
+    rows = [row for row in memory.run(tmp_path, full=True) if isinstance(row, dict)]
+    assert [drawing.max_vram_gb for drawing in asked] == [2, 3, 4, 6, 8, 2, 6, 4]
+    assert [row["plan"] for row in rows] == ["group-offload", "out of memory", *["group-offload"] * 6]
+    assert rows[0]["error"] == "+10%"
+
+
+def test_growth_is_told_as_a_power(tmp_path, monkeypatch) -> None:
+    found = {64: 1.0, 128: 4.0, 256: 64.0}
+    monkeypatch.setattr(growth, "measure", lambda drawing: sides.Measured(1, 1, found[drawing.size_px], 10**9))
+    drawings = {str(size): (size**2, sides.Drawing("ours", "fp32", "x", size, 1)) for size in found}
+    assert [row["power"] for row in growth._rows("size", drawings)] == ["", pytest.approx(1), pytest.approx(2)]
+
+
+def test_random_models_are_whole_and_have_the_shapes_of_their_names(tmp_path, monkeypatch) -> None:
+    """Of tiny architectures, for the real ones take gigabytes; each is loaded and draws."""
+    for name, make in (("sd15", pipelines.sd1), ("sdxl", pipelines.sdxl)):
+        for weights in pipelines.save(make(), tmp_path / "shapes" / name).rglob("*.safetensors"):
+            weights.unlink()
+        monkeypatch.setattr(random_models, "ARCHITECTURES", tmp_path / "shapes")
+        model = random_models.write(tmp_path / name, name, "bf16")
+        (picture,) = sides.load_ours(sides.Drawing("ours", "bf16", str(model), 64, 1))()
+        assert picture.size == (64, 64)
+        assert picture.getextrema() != ((0, 0),) * 3
 
 
 def test_each_option_is_told_beside_plain(tmp_path, monkeypatch) -> None:
@@ -53,10 +135,10 @@ def test_each_option_is_told_beside_plain(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(quality, "prompts", lambda: texts)
     draw = TextToImageGenerator.generate
     monkeypatch.setattr(TextToImageGenerator, "generate", lambda *args, **named: calls.append(named) or draw(*args, **named))
-    lines = list(quality.run(tmp_path, full=False))
-    assert [line[:31].strip() for line in lines[2:]] == list(quality.OPTIONS)
-    assert [line[31:].split()[3] for line in lines[2:3]] == ["0.0"]
-    assert all(float(line[31:].split()[3]) > 0 for line in lines[3:])
+    _, *rows = quality.run(tmp_path, full=False)
+    assert [row[""] for row in rows] == list(quality.OPTIONS)
+    assert rows[0]["difference"] == 0
+    assert all(row["difference"] > 0 for row in rows[1:])
     drawn = [named for named in calls if named["num_inference_steps"] != 2 or named["seed"]]
     assert [named.get("deep_cache", 1) for named in drawn if named["seed"] == 1] == [1, 1, 1, 2, 3, 5, 1, 1, 1, 1, 1, 2]
     black, gray = (Image.new("RGB", (2, 2), level) for level in ((0, 0, 0), (3, 6, 0)))

@@ -373,3 +373,13 @@ assert not heavy, heavy
     started = time.monotonic()
     subprocess.run([sys.executable, "-c", program], cwd=PROJECT_FOLDER, check=True)
     assert time.monotonic() - started < 2.0  # 0.1 s on an idle machine; importing torch alone takes longer
+
+
+def test_deep_cache_is_never_planned_with_group_offload():
+    shapes = bundled_shapes("sdxl")
+    for deep_cache, expected in ((1, "group-offload"), (2, "sequential-offload")):
+        plan = choose(shapes, replace(SDXL, deep_cache=deep_cache), 3 * GIB, OptimizationConfig())
+        assert plan.placement.name == expected
+    picture = PictureRequest("x", deep_cache=3, token_merging=0.25)
+    need = Request.of(picture, 512, "fp16")
+    assert (need.deep_cache, need.token_merging) == (3, 0.25)

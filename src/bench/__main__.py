@@ -1,26 +1,37 @@
-"""python -m src.bench [start|swap|speed|quality|train] [--full] [--script PATH] : time what the project promises.
+"""python -m src.bench [start|swap|speed|memory|growth|quality|train] [--full] : measure what the project promises.
 
-``--full`` draws and trains with a model of SD v1.5's shapes; ``--script`` names diffusers' train_text_to_image_lora.py
-(src/bench/train.py).
+``--full`` takes models of the well-known shapes with random weights. Others measured beside ours: ``--script PATH``, diffusers'
+train_text_to_image_lora.py; ``--openvino PYTHON``, by the interpreter of an environment with optimum-intel; ``--compiled``,
+the stock script with torch.compile. The tables are printed as they come, and written to ``--output DIR`` (docs/bench).
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
+import importlib
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from src.bench.report import Report, Row, device_name
 from src.config import PROJECT_FOLDER
-from src.errors import UserError
+from src.errors import ExitCode, UserError
 
-PARTS = ("start", "swap", "speed", "quality", "train")
-RUNS = 10
+PARTS = ("start", "swap", "speed", "memory", "growth", "quality", "train")
+RUNS, DRAWINGS = 10, 5
+PROMPT = "a red circle on a white background"
+STOCK_SCRIPT = f"""
+import torch
+from diffusers import StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained("models/embedded", dtype=torch.float32, safety_checker=None)
+pipeline({PROMPT!r}, num_inference_steps=20, width=128, height=128)
+"""
 
 
 def main(argv: list[str]) -> int:
@@ -28,82 +39,74 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench", add_help=False, allow_abbrev=False)
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--script", type=Path)
+    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--openvino", type=Path)
+    parser.add_argument("--output", type=Path, default=PROJECT_FOLDER / "docs" / "bench")
     options, names = parser.parse_known_args(argv)
     unknown = [name for name in names if name not in PARTS]
     if unknown:
         print(f"error: there is no bench '{unknown[0]}'; there are: {', '.join(PARTS)}", file=sys.stderr)
         return 2
-    print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}")
-    parts: dict[str, Callable[[], Iterable[str]]] = {
-        "start": _start, "swap": _swap, "speed": lambda: _speed(options.full), "quality": lambda: _quality(options.full),
-        "train": lambda: _train(options.full, options.script),
+    print(device_name())
+    parts: dict[str, Callable[[], Iterable[str | Row]]] = {
+        "start": _start, "swap": lambda: _in_folder("swap"),
+        "speed": lambda: _in_folder("speed", full=options.full, compiled=options.compiled, openvino=options.openvino),
+        "memory": lambda: _in_folder("memory", full=options.full), "growth": lambda: _in_folder("growth", full=options.full),
+        "quality": lambda: _in_folder("quality", full=options.full),
+        "train": lambda: _in_folder("train", full=options.full, script=options.script),
     }  # fmt: skip
     try:
         for name in names or PARTS:
             print(f"\n{name}")
-            for line in parts[name]():
-                print(f"  {line}", flush=True)
+            report = Report(f"{name} full" if options.full else name, f"python -m src.bench {' '.join(argv)}".strip())
+            report.add(parts[name]())
+            print(f"  -> {report.write(options.output)}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 
 
-def _start() -> list[str]:
-    """Doors that answer without torch, side by side with a bare interpreter."""
+def _start() -> Iterator[str | Row]:
+    """Doors that answer without torch beside a bare interpreter; a whole run beside the script that everybody writes first."""
+    yield f"median of {RUNS} runs in turn"
     commands = {
         "python -c pass": ["-c", "pass"],
         "main.py --help": ["main.py", "--help"],
         "main.py --estimate-vram": ["main.py", "x", "--estimate-vram", "--max-vram", "4"],
         "main.py --widht 3 (a wrong flag)": ["main.py", "x", "--widht", "3"],
     }
+    for name, seconds in _time_in_turn(commands, RUNS).items():
+        yield {"command": name, "ms": seconds * 1e3}
+    yield f"a picture by the embedded model, 20 steps, process and all; median of {DRAWINGS} runs in turn"
+    with tempfile.TemporaryDirectory() as folder:
+        asked = ["main.py", PROMPT, "--model", "embedded", "--steps", "20", "--seed", "1", "--output", folder]
+        times = _time_in_turn({"a stock diffusers script": ["-c", STOCK_SCRIPT], "main.py": asked}, DRAWINGS)
+    stock_s = next(iter(times.values()))
+    for name, seconds in times.items():
+        yield {"command": name, "s": seconds, "of the script": f"{seconds / stock_s:.0%}"}
+
+
+def _time_in_turn(commands: Mapping[str, Sequence[str]], runs: int) -> dict[str, float]:
+    """Median seconds of each, in turn, so that a busy moment hits all alike."""
     times: dict[str, list[float]] = {name: [] for name in commands}
-    for _ in range(RUNS):  # in turn, so that a busy moment hits all alike
+    for _ in range(runs):
         for name, arguments in commands.items():
             started = time.perf_counter()
-            subprocess.run([sys.executable, *arguments], cwd=PROJECT_FOLDER, capture_output=True, check=False)
+            done = subprocess.run([sys.executable, *arguments], cwd=PROJECT_FOLDER, capture_output=True, text=True, check=False)
             times[name].append(time.perf_counter() - started)
-    return [f"{name:<34} {statistics.median(values) * 1e3:6.0f} ms" for name, values in times.items()]
+            if done.returncode not in (0, ExitCode.USAGE):
+                raise UserError(f"bench start ({name}): {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _swap() -> list[str]:
+def _in_folder(part: str, **options: Any) -> Iterator[str | Row]:
+    """Run a part that needs torch, in a folder for what it writes."""
     from src import quiet
 
     quiet.silence_libraries()
-    from src.bench import swap
-
     with tempfile.TemporaryDirectory() as folder:
-        return swap.run(Path(folder))
-
-
-def _speed(full: bool) -> Iterator[str]:
-    from src import quiet
-
-    quiet.silence_libraries()
-    from src.bench import speed
-
-    with tempfile.TemporaryDirectory() as folder:
-        yield from speed.run(Path(folder), full=full)
-
-
-def _quality(full: bool) -> Iterator[str]:
-    from src import quiet
-
-    quiet.silence_libraries()
-    from src.bench import quality
-
-    with tempfile.TemporaryDirectory() as folder:
-        yield from quality.run(Path(folder), full=full)
-
-
-def _train(full: bool, script: Path | None) -> Iterator[str]:
-    from src import quiet
-
-    quiet.silence_libraries()
-    from src.bench import train
-
-    with tempfile.TemporaryDirectory() as folder:
-        yield from train.run(Path(folder), full=full, script=script)
+        yield from importlib.import_module(f"src.bench.{part}").run(Path(folder), **options)
 
 
 if __name__ == "__main__":

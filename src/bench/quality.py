@@ -14,6 +14,8 @@ from typing import Any
 import numpy
 from PIL import Image
 
+from src.bench import random_models
+from src.bench.report import Row
 from src.config import AppConfig
 from src.example_subject import COLOURS, follows_prompt
 from src.generator import TextToImageGenerator
@@ -49,30 +51,27 @@ def prompts() -> list[str]:
     return found
 
 
-def run(folder: Path, *, full: bool) -> Iterator[str]:
+def run(folder: Path, *, full: bool) -> Iterator[str | Row]:
     """Draw with each option and give the lines of the report. ``full``: a model of SD v1.5's shapes, for its times alone."""
     config, texts, steps = AppConfig(), prompts(), STEPS
     config.model.model_id, config.model.device = str(EMBEDDED), "cpu"
     if full:
-        from src.bench.train import write_random_model
-
-        config.model.model_id, texts, steps = str(write_random_model(folder / "model")), texts[:1], FULL_STEPS
+        config.model.model_id, texts, steps = str(random_models.write(folder / "model", "sd15", "bf16")), texts[:1], FULL_STEPS
     generator = TextToImageGenerator(config)
     generator.load_model()
     model = generator.model
     name = "SD v1.5's shapes" if full else "embedded"
     yield f"{name}, {model.native_size_px} px, {model.precision}, {steps} steps, guidance on, {len(texts)} prompts"
-    yield f"{'':<31} {'a picture':>9} {'of plain':>9}" + ("" if full else f" {'difference':>11} {'followed':>9}")
     plain_s, plain = 0.0, []
     for label, settings in OPTIONS.items():
         pictures = _draw(generator, texts, steps, settings)
         seconds = min(picture.info["drawn"].time_s for picture in pictures)
         plain_s, plain = (plain_s, plain) if plain else (seconds, pictures)
-        line = f"{label:<31} {seconds:7.2f} s {seconds / plain_s:9.0%}"
+        row = {"": label, "picture s": seconds, "of plain": f"{seconds / plain_s:.0%}"}
         if not full:
             followed = sum(follows_prompt(picture, text) for picture, text in zip(pictures, texts))
-            line += f" {_difference(pictures, plain):11.1f} {followed:3} of {len(texts)}"
-        yield line
+            row |= {"difference": _difference(pictures, plain), "followed": f"{followed} of {len(texts)}"}
+        yield row
 
 
 def _draw(generator: TextToImageGenerator, texts: list[str], steps: int, settings: Mapping[str, Any]) -> list[Image.Image]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save
 
 from src import files
+from src.bench.report import Row
 from src.lora.reading import Adapter, read_adapter
 from src.lora.stack import AdapterStack
 from src.model_files import ARCHITECTURES
@@ -23,8 +24,8 @@ RANK = 4
 SWAPS = 200
 
 
-def run(folder: Path) -> list[str]:
-    """Write two rank-4 adapters into ``folder``, swap them 200 times, and return the lines of the report."""
+def run(folder: Path) -> Iterator[str | Row]:
+    """Write two rank-4 adapters into ``folder``, swap them 200 times, and give the lines of the report."""
     unet = _random_unet()
     paths = [_write_adapter(unet, folder / f"adapter_{seed}.safetensors", seed) for seed in (1, 2)]
     adapters = [read_adapter(path) for path in paths]
@@ -39,12 +40,12 @@ def run(folder: Path) -> list[str]:
     unet.compile_repeated_blocks()
     _swap(stack, adapters, 1)  # new hooks: compiled code is forgotten once
     rows["swap in a compiled U-Net"] = _swap(stack, adapters, SWAPS)
-    title = (
-        f"SD v1.5's U-Net; adapters of {len(adapters[0].layers)} layers, rank {RANK}, {paths[0].stat().st_size / 1e6:.1f} MB"
-    )
-    lines = [f"{name:<26} {statistics.median(times):6.1f} ms, at most {max(times):.1f}" for name, times in rows.items()]
+    size = f"{paths[0].stat().st_size / 1e6:.1f} MB"
+    yield f"SD v1.5's U-Net; adapters of {len(adapters[0].layers)} layers, rank {RANK}, {size}"
+    for name, times in rows.items():
+        yield {"": name, "ms": statistics.median(times), "at most": max(times)}
     grown = f"grown by {SWAPS} swaps: {after[0] - before[0]} tensors, {(after[1] - before[1]) / 1e6:.1f} MB"
-    return [title, *lines, f"{grown}; hooks left behind: {hooks}"]
+    yield f"{grown}; hooks left behind: {hooks}"
 
 
 def _swap(stack: AdapterStack, adapters: Sequence[Adapter], times: int) -> list[float]:

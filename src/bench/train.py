@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from src.bench import random_models
+from src.bench.report import Row
 from src.config import PROJECT_FOLDER
 from src.errors import UserError
 
@@ -45,7 +46,7 @@ class Setting:
         return f"{self.size_px} px, batch size {self.batch_size}, {'fp32' if self.precision == 'no' else self.precision}"
 
 
-def run(folder: Path, *, full: bool, script: Path | None) -> Iterator[str]:
+def run(folder: Path, *, full: bool, script: Path | None) -> Iterator[str | Row]:
     """Time all settings and give the lines of the report. ``full``: a model of SD v1.5's shapes (2 GB are written)."""
     from src.model_files import EMBEDDED
 
@@ -58,7 +59,8 @@ def run(folder: Path, *, full: bool, script: Path | None) -> Iterator[str]:
         for precision in ("no", "bf16"):
             setting = Setting(model, size_px, batch_size, precision, steps)
             theirs, ours = _time_in_turn(setting, data, folder, script)
-            yield f"{title}, {setting.words}: {theirs:.3f} s a step, ours {ours:.3f} s: {theirs / ours:.2f} times the steps"
+            times = {"that loop s": theirs, "ours s": ours, "times the steps": theirs / ours}
+            yield {"a step": f"{title}, {setting.words}", **times}
 
 
 def _time_in_turn(setting: Setting, data: Path, folder: Path, script: Path | None) -> tuple[float, float]:
