@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from src.arguments import build_config, help_text, parse_arguments
 from src.config import AppConfig
 from src.doors import answer, guard
-from src.errors import ExitCode
+from src.errors import ExitCode, UserError
 from src.processes import Processes, is_one_of_many_wanted
 from src.schedulers import list_schedulers
 from src.terminal import Terminal
@@ -65,6 +66,7 @@ def _draw(
     from src import lean_imports, quiet, recipe_orders
 
     quiet.silence_libraries(verbose="verbose" in typed)
+    _start_reading(config)
     with lean_imports.for_drawing(config.optimization):
         from src.generator import TextToImageGenerator  # torch: seconds, paid only when all that was typed is right
     from src.session import Session
@@ -84,6 +86,15 @@ def _draw(
         recipe_orders.compare_with_recipe(recipe, *drawn_with, terminal.say, quantize)
     terminal.each_speaks = True
     return session.run(jobs)
+
+
+def _start_reading(config: AppConfig) -> None:
+    """Have the disk at work while the libraries are imported. What is wrong with the model is said when it is loaded."""
+    from src import model_source
+
+    with contextlib.suppress(UserError, OSError):
+        source = model_source.resolve(config.model.model_id, config.paths.folder("cache"), config.model.offline)
+        model_source.start_reading(source, in_half_precision=config.model.precision != "fp32")
 
 
 def _print_information(typed: dict[str, Any], together: Processes) -> bool:

@@ -17,7 +17,7 @@ from typing import Literal
 
 from src.config import preset_names
 from src.errors import ExitCode, UserError, not_found, refused
-from src.model_files import EMBEDDED, check_folder, vae_folder
+from src.model_files import EMBEDDED, WEIGHT_STEMS, check_folder, select_weights, vae_folder
 from src.tensor_files import quoted, refuse_pickle
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -49,6 +49,24 @@ def resolve(
 def resolve_vae(vae: str, cache: Path, offline: bool) -> Source:
     """Find a VAE as ``resolve`` finds a model: a folder (its own, or a model's with a ``vae`` inside), a file or a hub id."""
     return _resolve(vae, cache, offline, None, vae_folder)
+
+
+def start_reading(source: Source, in_half_precision: bool) -> list[Path]:
+    """Let the system read a model's weights from the disk while this process does other things; returns the files.
+
+    They are read once more, from memory then. Where the system takes no such hint, nothing is done.
+    """
+    if source.path is None or not hasattr(os, "posix_fadvise"):
+        return []
+    files = [source.path]
+    if source.kind == "folder":
+        folders = {path.parent for path in source.path.glob("*/*.safetensors")} & {source.path / name for name in WEIGHT_STEMS}
+        chosen = {folder: select_weights(folder.name, os.listdir(folder), in_half_precision)[0] for folder in sorted(folders)}
+        files = [folder / name for folder, names in chosen.items() for name in names]
+    for file in files:
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+    return files
 
 
 def is_offline(offline: bool) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
+from src import model_source
 from src.errors import ExitCode
 from src.model_files import check_folder, family_of
 from src.model_source import EMBEDDED, Source, resolve, user_cache
@@ -166,3 +168,20 @@ def test_the_users_cache_is_where_huggingface_hub_has_it(monkeypatch, variables,
     for name, value in ({"HOME": "/home/me"} | variables).items():
         monkeypatch.setenv(name, value)
     assert user_cache() == Path(expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="no such hint on this system")
+def test_the_weights_that_will_be_loaded_are_read_ahead(tmp_path, monkeypatch) -> None:
+    model = tmp_path / "model"
+    for name in ("unet/diffusion_pytorch_model", "unet/diffusion_pytorch_model.fp16", "vae/diffusion_pytorch_model", "other/x"):
+        (model / name).parent.mkdir(parents=True, exist_ok=True)
+        (model / f"{name}.safetensors").write_bytes(b"12345")
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: asked.append(arguments[1:]))
+    source = Source("folder", model, "model")
+    half = model_source.start_reading(source, in_half_precision=True)
+    assert [path.name for path in half] == ["diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors"]
+    full = model_source.start_reading(source, in_half_precision=False)
+    assert [path.name for path in full] == ["diffusion_pytorch_model.safetensors"] * 2
+    assert asked == [(0, 0, os.POSIX_FADV_WILLNEED)] * 4
+    assert model_source.start_reading(Source("hub", None, "a/b"), in_half_precision=True) == []
