@@ -27,8 +27,9 @@ _DTYPES = {
 }  # fmt: skip
 # Names that a VAE's attention had before diffusers 0.18, and still has in many files.
 _OLD_VAE_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-# CLIP's encoders lost this level in transformers 5.6, and files have it; CLIPTextModelWithProjection kept it.
-_CLIP_LEVELS = ("text_model.", "vision_model.")
+# CLIP's encoders lost this level in transformers 5.6, and files have it; CLIPTextModelWithProjection kept it. The second is the
+# safety checker's.
+_CLIP_LEVELS = {"text_model.": "", "vision_model.vision_model.": "vision_model."}
 
 
 def read_tensors(path: Path, dtype: torch.dtype, prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
@@ -70,9 +71,9 @@ def renamed(tensors: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tenso
         for old, new in _OLD_VAE_ATTENTION.items():
             if name not in known and name.replace(old, new) in known:
                 return name.replace(old, new)
-        for level in _CLIP_LEVELS:
-            if name not in known and name.replace(level, "", 1) in known:
-                return name.replace(level, "", 1)
+        for level, today in _CLIP_LEVELS.items():
+            if name not in known and name.startswith(level) and name.replace(level, today, 1) in known:
+                return name.replace(level, today, 1)
         return name
 
     return {current(name): tensor for name, tensor in tensors.items()}
