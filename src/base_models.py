@@ -46,6 +46,7 @@ CLASSES = {
 _NETWORKS = (
     "model.diffusion_model.",
     "first_stage_model.",
+    "vae.",
     "cond_stage_model.",
     "conditioner.",
 )  # of a file in the original layout
@@ -91,6 +92,8 @@ def load(config: AppConfig) -> LoadedModel:
     wanted = config.model
     device = pick_device(wanted.device)
     dtype = pick_dtype(wanted.precision, device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # streams and pinned memory, too, belong to this card
     cache = config.paths.folder("cache")
     checker = not config.optimization.disable_safety_checker
     source = model_source.resolve(
@@ -248,8 +251,9 @@ def _load_other_vae(
     """
     source = model_source.resolve_vae(vae, cache, offline)
     if source.kind == "file":
-        read_header(source.path)
-        return _convert(source.path, "vae", "AutoencoderKL", _read(source.path, dtype), config_folder), source.name
+        names, own = read_header(source.path).tensors, ("first_stage_model.", "vae.")
+        prefixes = own if any(name.startswith(own) for name in names) else ("",)  # of a whole checkpoint, or a VAE's own file
+        return _convert(source.path, "vae", "AutoencoderKL", _read(source.path, dtype, prefixes), config_folder), source.name
     folder = source.path or downloads.download_vae(vae, cache, precision=_precision(dtype))
     other = _load_component(model_files.vae_folder(folder), "vae", "AutoencoderKL", dtype)
     for fact in ("scaling_factor", "latent_channels"):

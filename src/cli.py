@@ -90,11 +90,19 @@ def _draw(
 
 def _start_reading(config: AppConfig) -> None:
     """Have the disk at work while the libraries are imported. What is wrong with the model is said when it is loaded."""
-    from src import model_source
+    from src import estimate, model_source
 
+    wanted, checker = config.model, not config.optimization.disable_safety_checker
     with contextlib.suppress(UserError, OSError):
-        source = model_source.resolve(config.model.model_id, config.paths.folder("cache"), config.model.offline)
-        model_source.start_reading(source, in_half_precision=config.model.precision != "fp32")
+        source = model_source.resolve(
+            wanted.model_id,
+            config.paths.folder("cache"),
+            wanted.offline,
+            revision=wanted.revision,
+            include_safety_checker=checker,
+        )
+        in_half = estimate.find_place(config).precision != "fp32"
+        model_source.start_reading(source, in_half, include_safety_checker=checker)
 
 
 def _print_information(typed: dict[str, Any], together: Processes) -> bool:

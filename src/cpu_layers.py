@@ -34,7 +34,7 @@ _convolution = torch.ops.mkldnn._convolution_pointwise if CAN_PACK else None
 
 def prepare_for_drawing(unet: UNet2DConditionModel, exchange_attention: bool = True) -> None:
     """Exchange the layers of a U-Net that lies on the CPU; once more does no harm. Gradients still go through it."""
-    if not CAN_PACK:
+    if not CAN_PACK or (unet.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return
     for module in list(unet.modules()):
         if exchange_attention and isinstance(module, Attention) and is_plain(module):
@@ -70,6 +70,19 @@ class _Packed:
     def weight(self) -> Tensor:
         """As it was loaded; once it is packed, a copy of that."""
         return torch.cat([part.to_dense() for part in self._parts]) if self._parts else self._parameters["weight"]
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._parts:
+            destination[f"{prefix}weight"] = self.weight.detach()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """To another device or precision: as an ordinary weight."""
+        if self._parts:
+            weight = self.weight.detach()
+            self._parts, self._packed_for = (), None
+            self._parameters["weight"] = nn.Parameter(weight)
+        return super()._apply(fn, recurse)
 
     def _can_take(self, x: Tensor) -> bool:
         """Whether the operators do: they know no gradients, and cast nothing."""

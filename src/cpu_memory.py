@@ -12,8 +12,8 @@ import ctypes
 import sys
 from collections.abc import Iterator
 
-_M_MMAP_THRESHOLD = -3  # malloc.h
-_LARGE_BYTES, _USUAL_BYTES = 1 << 18, 1 << 25  # the second is what glibc itself arrives at
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_LARGE_BYTES, _USUAL_BYTES = 1 << 18, 1 << 25  # the second, and twice that for trimming, is what glibc itself arrives at
 
 
 def _c_library() -> ctypes.CDLL | None:
@@ -38,6 +38,7 @@ def for_weights() -> Iterator[None]:
         yield
     finally:
         _LIBRARY.mallopt(_M_MMAP_THRESHOLD, _USUAL_BYTES)
+        _LIBRARY.mallopt(_M_TRIM_THRESHOLD, 2 * _USUAL_BYTES)
 
 
 def give_back() -> None:

@@ -245,6 +245,7 @@ def _start_arguments(
         return arguments | {"image": start.image}
     pixels = to_pixels(start.image)
     latents = torch.cat([encode(pipeline.vae, pixels, pipeline._execution_device, source) for source in sources])
+    pipeline.maybe_free_model_hooks()  # under model offload the VAE would stay beside the U-Net
     latents = latents.to(pipeline.unet.dtype)
     if not torch.isfinite(latents).all():
         raise VaeNotFinite("the VAE's encoding")

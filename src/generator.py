@@ -80,13 +80,13 @@ class TextToImageGenerator:
         started = time.monotonic()
         model = base_models.load(self.config)
         shapes = model_shapes.read_shapes(model.config_folder)
-        shelf = LoraShelf(AdapterStack(model.pipeline, model.family), self.say)
         seconds = time.monotonic() - started
         self.say(f"model   {model.name} ({model.family}), {model.precision} on {model.device}, {seconds:.1f} s")
-        memory = MemoryLadder(model, shapes, self.config, shelf.files, self.say)
-        self._memory, self._shelf, self._loaded_from = memory, shelf, self._wanted()
+        memory = MemoryLadder(model, shapes, self.config, lambda: self._shelf.files() if self._shelf else [], self.say)
         request = PictureRequest.from_config(self.config.generation, prompt="-")
         memory.place(request)
+        shelf = LoraShelf(AdapterStack(memory.model.pipeline, model.family), self.say)  # quantising has exchanged layers
+        self._memory, self._shelf, self._loaded_from = memory, shelf, self._wanted()
         self._use(loras, request)
 
     def unload(self) -> None:
@@ -203,6 +203,9 @@ class TextToImageGenerator:
             raise usage_error(f"{model.name} is an inpainting model; give it a picture with --init-image and a --mask")
         start, (width_px, height_px) = self._read_start(request)
         request = replace(request, width=width_px, height=height_px)
+        if self._memory.may_return(request):
+            self.say("memory  this picture is smaller than the one that left the card; loading the model onto it again")
+            self.load_model()
         self._memory.place(request)
         done = 0
         for batch in self._batches(request):
@@ -223,6 +226,8 @@ class TextToImageGenerator:
         except (MemoryError, RuntimeError) as error:
             if not optimizations.is_out_of_memory(error):
                 raise
+        finally:
+            pipeline.maybe_free_model_hooks()  # under model offload the VAE would stay beside the U-Net
         optimizations.free_memory()  # outside of the except block, where the error's frames would keep what filled it
         self.say("preview left out: memory ran out; the picture goes on")
         return []

@@ -1,8 +1,8 @@
 """Imports diffusers and transformers without what drawing never calls: a third of the time, in a process that is ours alone.
 
 Both libraries import much for other purposes: torch's compiler, sharding over machines, statistics, adapters for training.
-While they are imported, stand-ins answer in place of those; afterwards the stand-ins are gone, and who imports the real
-module gets it, but for the compiler: with nothing to compile, what it would leave alone is left alone. Only ``main.py`` does
+While they are imported, stand-ins answer in place of those; afterwards who imports the real module gets it, but for the
+compiler: with nothing to compile, what it would leave alone is left alone. Only ``main.py`` does
 this: whoever imports ``src.generator`` may want the libraries whole.
 
 Seconds until a picture can be loaded, two cores of an AMD EPYC (Zen 5): 6.6 whole, 5.2 without garbage collection, 2.3 so.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from importlib.abc import Loader, MetaPathFinder
@@ -36,8 +37,9 @@ STOOD_IN_FOR = (
     "scipy.optimize",
     "scipy.stats",
 )
+WHOLE = "SD_IMPORT_WHOLE"  # an environment variable: set to anything, all is imported
 # Packages that the libraries import where they find them, and that look into torch deeper than stand-ins reach.
-UNTRIED = ("xformers", "flash_attn", "flash_attn_interface", "sageattention", "torchao", "optimum", "kernels")
+UNTRIED = ("torchvision", "xformers", "flash_attn", "flash_attn_interface", "sageattention", "torchao", "optimum", "kernels")
 
 
 @contextlib.contextmanager
@@ -57,7 +59,7 @@ def for_drawing(options: OptimizationConfig) -> Iterator[None]:
 
 
 def _can_be_lean(options: OptimizationConfig) -> bool:
-    if options.enable_torch_compile or options.quantize or "torch" in sys.modules:
+    if options.enable_torch_compile or options.quantize or "torch" in sys.modules or os.environ.get(WHOLE):
         return False
     try:
         is_tested = all(version(name).partition("+")[0] == tested for name, tested in TESTED.items())
@@ -124,7 +126,7 @@ class _Unused(metaclass=_Kind):
             return arguments[0]
         if _Unused.is_import:
             return cls
-        raise RuntimeError("a part of torch was needed that drawing is not known to need; see src/lean_imports.py")
+        raise RuntimeError(f"a part of torch was needed that had been left out to start faster; set {WHOLE}=1, and report it")
 
     def __class_getitem__(cls, item: Any) -> type:
         return cls

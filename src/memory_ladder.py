@@ -43,11 +43,12 @@ class MemoryLadder:
         self._shapes, self._config, self._adapters, self._say = shapes, config, adapters, say
         self._quantize = config.optimization.quantize
         self._budget_bytes = optimizations.memory_budget(model.device, config.optimization)
-        self._ran_out = False
+        self._ran_out = self._is_quantized = False
+        self._left_card_for: PictureRequest | None = None
         self._applied: Placement | None = None
         self._peaks = MeasuredPeaks(config.paths.folder("cache"), say)
         self._need: Request | None = None  # of the plan in use
-        self._key = ""
+        self._key = self._measured_key = ""
         self._measured_plan: memory_plan.Plan | None = None
 
     def place(self, request: PictureRequest) -> None:
@@ -72,13 +73,22 @@ class MemoryLadder:
         """Begin to measure a batch; one that was never measured starts without what earlier work left."""
         unknown = self.plan.placement.name not in self._peaks.of(self._key)
         self._measured_plan = self.plan if unknown else None
-        optimizations.reset_peak(self.model.device, clean=unknown)
+        optimizations.reset_peak(self.model.device, clean=unknown or self._key != self._measured_key)
+        self._measured_key = self._key
 
     def end_measuring(self) -> None:
         """Remember what the batch took, if it was drawn with one plan from its start."""
         peak_bytes = optimizations.peak_bytes(self.model.device)
         if peak_bytes is not None and self._measured_plan is self.plan:
             self._peaks.remember(self._key, self.plan.placement.name, peak_bytes)
+
+    def may_return(self, request: PictureRequest) -> bool:
+        """Whether the card was left for a larger request than this one, so that it is worth loading the model anew."""
+        return self._left_card_for is not None and self._size(request) < self._size(self._left_card_for)
+
+    def _size(self, request: PictureRequest) -> int:
+        native_px, count = self.model.native_size_px, min(request.batch_size, request.num_images)
+        return (request.width or native_px) * (request.height or native_px) * count
 
     @property
     def _options(self) -> OptimizationConfig:
@@ -89,7 +99,8 @@ class MemoryLadder:
         offload = {"enable_model_cpu_offload": "balanced", "enable_sequential_cpu_offload": "minimal"}
         first = next((mode for name, mode in offload.items() if getattr(options, name)), options.memory)
         first = "auto" if first == "fast" or self._budget_bytes is None else first
-        return replace(options, memory=first, **dict.fromkeys(offload, False))
+        xformers = options.enable_xformers and self._budget_bytes is not None  # knows no CPU
+        return replace(options, memory=first, enable_xformers=xformers, **dict.fromkeys(offload, False))
 
     def _place(self, request: PictureRequest) -> None:
         plan = self._choose(request)
@@ -107,20 +118,25 @@ class MemoryLadder:
             lora_bytes=lora_bytes, safety_checker=checker, quantize=options.quantize,
         )  # fmt: skip
         self._key = peak_key(model.device_name, model.name, self._shapes, self._need, request.mode, self._config)
-        measured = self._peaks.of(self._key)
-        return memory_plan.choose(self._shapes, self._need, self._budget_bytes, options, measured=measured)
+        free_bytes = devices.available_memory_bytes() if self._budget_bytes is None else None
+        memory_bytes = free_bytes and free_bytes + optimizations.memory_in_use_bytes(torch.device("cpu"))  # the model is in it
+        return memory_plan.choose(
+            self._shapes, self._need, self._budget_bytes, options,
+            memory_bytes=memory_bytes, measured=self._peaks.of(self._key),
+        )  # fmt: skip
 
     def _take(self, plan: memory_plan.Plan) -> None:
         """Say a plan and apply it."""
-        model, options, is_first = self.model, self._options, self.plan is None
+        model, options = self.model, self._options
         self.plan, self._applied = plan, None  # when it is cut off half-way, the next one starts anew
         self._say(f"plan    {describe(plan)}")
         for note in plan.notes:
             self._say(f"plan    {note}")
         if options.enable_torch_compile:
             self._say("compile the U-Net is compiled at the first step, which takes up to minutes")
-        if options.quantize and is_first:
+        if options.quantize and not self._is_quantized:
             optimizations.quantize(model.pipeline, options.quantize, model.device)
+            self._is_quantized = True
         optimizations.apply(model.pipeline, plan.placement, options, model.device)
         self._applied = plan.placement
 
@@ -129,7 +145,8 @@ class MemoryLadder:
         optimizations.free_memory()
         failed = self.plan
         if self._budget_bytes is not None:
-            self._peaks.forget(self._key, failed.placement.name)  # whatever it was, it is more today
+            # More than there was: the next run begins with a smaller plan, unless more is free by then.
+            self._peaks.remember(self._key, failed.placement.name, max(failed.peak_bytes, self._budget_bytes) + 1)
             self._budget_bytes = min(self._budget_bytes, failed.peak_bytes - 1, failed.estimate.peak_bytes - 1)
             self._ran_out = True
             plan = self._choose(request)
@@ -154,6 +171,7 @@ class MemoryLadder:
         if free_bytes is not None and predict(self._shapes, replace(self._need, precision="fp32"), CPU).peak_bytes > free_bytes:
             return False
         self._say(f"memory  ran out with plan {self.plan.placement.name}; going on with the CPU in fp32, which is slow")
+        self._left_card_for = request
         optimizations.move_to_cpu(self.model.pipeline)
         self.model = replace(self.model, device=torch.device("cpu"), dtype=torch.float32)
         self._budget_bytes = None

@@ -119,13 +119,15 @@ def choose(
         placement, estimate, fits, peaks[:chosen], peaks[chosen + 1 :], budget_bytes,
         quantize=request.quantize, measured=measured,
     )  # fmt: skip
-    return replace(plan, notes=tuple(_notes(plan, forced, memory_bytes)))
+    return replace(plan, notes=tuple(_notes(plan, forced, memory_bytes, request)))
 
 
-def _notes(plan: Plan, forced: OptimizationConfig, memory_bytes: int | None) -> Iterator[str]:
+def _notes(plan: Plan, forced: OptimizationConfig, memory_bytes: int | None, request: Request) -> Iterator[str]:
     if plan.budget_bytes is not None:
         if not plan.fits and forced.memory == "fast":
             yield "all on the card is predicted not to fit; should memory run out, a smaller plan is taken"
+        if request.deep_cache > 1 and plan.placement.offload == "sequential" != _wanted_offload(forced):
+            yield "--deep-cache rules out group offload, which is faster than this plan"
         return
     if offload := _wanted_offload(forced):
         yield f"{offload} CPU offload has no effect without a card"

@@ -17,7 +17,7 @@ from typing import Literal
 
 from src.config import preset_names
 from src.errors import ExitCode, UserError, not_found, refused
-from src.model_files import EMBEDDED, WEIGHT_STEMS, check_folder, select_weights, vae_folder
+from src.model_files import EMBEDDED, OF_SAFETY_CHECKER, WEIGHT_STEMS, check_folder, select_weights, vae_folder
 from src.tensor_files import quoted, refuse_pickle
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -51,7 +51,7 @@ def resolve_vae(vae: str, cache: Path, offline: bool) -> Source:
     return _resolve(vae, cache, offline, None, vae_folder)
 
 
-def start_reading(source: Source, in_half_precision: bool) -> list[Path]:
+def start_reading(source: Source, in_half_precision: bool, include_safety_checker: bool = True) -> list[Path]:
     """Let the system read a model's weights from the disk while this process does other things; returns the files.
 
     They are read once more, from memory then. Where the system takes no such hint, nothing is done.
@@ -59,8 +59,9 @@ def start_reading(source: Source, in_half_precision: bool) -> list[Path]:
     if source.path is None or not hasattr(os, "posix_fadvise"):
         return []
     files = [source.path]
-    if source.kind == "folder":
-        folders = {path.parent for path in source.path.glob("*/*.safetensors")} & {source.path / name for name in WEIGHT_STEMS}
+    if source.path.is_dir():
+        wanted = {source.path / name for name in WEIGHT_STEMS if include_safety_checker or name not in OF_SAFETY_CHECKER}
+        folders = {path.parent for path in source.path.glob("*/*.safetensors")} & wanted
         chosen = {folder: select_weights(folder.name, os.listdir(folder), in_half_precision)[0] for folder in sorted(folders)}
         files = [folder / name for folder, names in chosen.items() for name in names]
     for file in files:

@@ -23,6 +23,7 @@ from src.request import LoraChoice, PictureRequest
 from src.session import Job, Wishes
 
 JOURNAL = ".finished.jsonl"
+_LATER = {"quantize": None, "deep_cache": 1, "token_merging": 0.0, "guidance_start": 0.0, "guidance_end": 1.0}
 _SHORT_FLAGS = frozenset(name for name in FLAG_OF if not name.startswith("--"))
 
 Say = Callable[[str], None]
@@ -53,6 +54,8 @@ def read_request(config: AppConfig, typed: dict[str, Any], say: Say, named: Name
     for path in (request.init_image, request.mask_image):
         if path is not None:
             named.check_picture(path)
+    if request.token_merging and config.optimization.enable_torch_compile:
+        raise usage_error("--token-merging and --torch-compile exclude each other; leave one of the two out")
     if request.prompt_weights and (message := unsupported_syntax(request.prompt)):
         say(f"prompt  {message}")
     for line in request.idle_settings:
@@ -78,8 +81,9 @@ def job_settings(request: PictureRequest, config: AppConfig, named: NamedFiles) 
     model = config.model
     settings |= {name: getattr(model, name) for name in ("model_id", "revision", "vae", "architecture", "precision")}
     settings["safety_checker"] = not config.optimization.disable_safety_checker
-    # Left out where it is not asked for: jobs that an earlier version finished keep their ids.
-    return settings | ({"quantize": config.optimization.quantize} if config.optimization.quantize else {})
+    settings["quantize"] = config.optimization.quantize
+    # Left out where they are not asked for: jobs that an earlier version finished keep their ids.
+    return {name: value for name, value in settings.items() if name not in _LATER or value != _LATER[name]}
 
 
 # -- jobs

@@ -8,6 +8,7 @@ of it are convolutions. On the CPU the output of a U-Net of SDXL's kind with ran
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -39,11 +40,27 @@ def _quantized(layers: Any, layer: nn.Linear, kind: str) -> nn.Linear:
         replaced = layers.Linear4bit(*size, bias=bias is not None, compute_dtype=weight.dtype, device="meta", **options)
         replaced.weight = layers.Params4bit(weight, requires_grad=False, **options)
     else:
-        replaced = layers.Linear8bitLt(*size, bias=bias is not None, has_fp16_weights=False, threshold=0.0, device="meta")
+        kind_of_layer = _moved_whole(layers.Linear8bitLt)
+        replaced = kind_of_layer(*size, bias=bias is not None, has_fp16_weights=False, threshold=0.0, device="meta")
         replaced.weight = layers.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     if bias is not None:
         replaced.bias = nn.Parameter(bias.detach(), requires_grad=False)
     return replaced
+
+
+@functools.cache
+def _moved_whole(base: type) -> type:
+    """bitsandbytes' layer holds its numbers beside the weight, too, where moving the U-Net would leave them."""
+
+    class Linear8bitLt(base):
+        def _apply(self, fn: Any, recurse: bool = True) -> Any:
+            super()._apply(fn, recurse)
+            for holder in (self.weight, self.state):
+                if holder.CB is not None:
+                    holder.CB, holder.SCB = self.weight.data, holder.SCB.to(self.weight.device)
+            return self
+
+    return Linear8bitLt
 
 
 def _layers_of_bitsandbytes() -> Any:

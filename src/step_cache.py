@@ -46,7 +46,12 @@ class _StepCache:
             self._unet.register_forward_pre_hook(self._before),
             self._last_layer.register_forward_pre_hook(self._keep_or_put_in),
             self._unet.register_forward_hook(self._after, always_call=True),  # after an error, too
+            self,  # and, where the run is interrupted, which hooks do not see, when the hooks are removed
         ]
+
+    def remove(self) -> None:
+        """Make the U-Net whole."""
+        _put(self._whole)
 
     def _before(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         fits = self._features is not None and len(self._features) == len(args[0])  # guidance may end: half the batch

@@ -2,6 +2,9 @@
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from src.bench import __main__ as bench
 from src.bench import growth, memory, quality, random_models, sides, speed, train
 from src.bench.report import Report, device_name
 from src.bench.script_loop import ScriptLoop
+from src.config import PROJECT_FOLDER
 from src.errors import UserError
 from src.example_subject import COLOURS
 from src.generator import TextToImageGenerator
@@ -31,10 +35,10 @@ def test_start_times_each_door_beside_a_bare_interpreter_and_a_run_beside_the_st
     assert bench.main(["start", "--output", str(tmp_path)]) == 0
     (table,) = tmp_path.glob("start-*.md")
     rows = [row for row in json.loads(table.with_suffix(".json").read_bytes())["items"] if isinstance(row, dict)]
-    assert len(rows) == 6
+    assert len(rows) == 7
     assert all(row["ms"] > 0 for row in rows[:4])
     assert all(row["s"] > 0.5 for row in rows[4:])
-    assert table.read_text().count("main.py") == 4 == capsys.readouterr().out.count("main.py")
+    assert table.read_text().count("main.py") == 5 == capsys.readouterr().out.count("main.py")
 
 
 def test_a_report_is_printed_and_written_with_what_it_was_measured_on(capsys, tmp_path) -> None:
@@ -56,7 +60,7 @@ def test_a_report_is_printed_and_written_with_what_it_was_measured_on(capsys, tm
     content = json.loads(page.with_suffix(".json").read_bytes())
     assert content["items"][1] == {"side": "stock", "next s": 9.876}
     assert content["torch"] == torch.__version__
-    assert [line.split() for line in capsys.readouterr().out.splitlines()][1:3] == [["side", "next", "s"], ["stock", "9.88"]]
+    assert [line.split() for line in capsys.readouterr().out.splitlines()][2:4] == [["side", "next", "s"], ["stock", "9.88"]]
 
 
 def test_each_side_draws_in_a_process_of_its_own(tmp_path) -> None:
@@ -86,6 +90,7 @@ def test_speeds_are_told_beside_the_stock_scripts(tmp_path, monkeypatch) -> None
     assert [row[""] for row in rows] == ["stock fp32", "stock bf16", "ours fp32", "ours bf16"]
     assert [row["next s"] for row in rows] == [8.0, 6.0, 4.0, 2.0]
     assert [row["times as fast"] for row in rows] == pytest.approx([1, 8 / 6, 2, 4])
+    shutil.rmtree(tmp_path / "embedded")
     seconds = iter([1.0] * 18)
     rivals = [row[""] for row in speed.run(tmp_path, full=False, compiled=True, openvino=tmp_path) if isinstance(row, dict)]
     assert rivals == list(speed.SIDES)
@@ -113,7 +118,17 @@ def test_growth_is_told_as_a_power(tmp_path, monkeypatch) -> None:
     found = {64: 1.0, 128: 4.0, 256: 64.0}
     monkeypatch.setattr(growth, "measure", lambda drawing: sides.Measured(1, 1, found[drawing.size_px], 10**9))
     drawings = {str(size): (size**2, sides.Drawing("ours", "fp32", "x", size, 1)) for size in found}
-    assert [row["power"] for row in growth._rows("size", drawings)] == ["", pytest.approx(1), pytest.approx(2)]
+    rows = list(growth._rows("size", drawings, expected=1))
+    assert [row["power"] for row in rows] == ["", pytest.approx(1), pytest.approx(2)]
+    assert [row["its power"] for row in rows] == ["", 0, 0]
+    assert [row["at most 1 and 1"] for row in rows] == ["", "yes", "TOO FAST"]
+
+
+def test_a_process_tells_its_own_peak_and_not_its_parents() -> None:
+    held = torch.ones(1 << 27)  # half a gigabyte
+    command = [sys.executable, "-c", "from src.bench.sides import peak_memory_bytes; print(peak_memory_bytes())"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=PROJECT_FOLDER)
+    assert 10**6 < int(done.stdout) < held.nbytes
 
 
 def test_random_models_are_whole_and_have_the_shapes_of_their_names(tmp_path, monkeypatch) -> None:

@@ -80,10 +80,24 @@ def test_weights_are_held_once_and_can_be_read_as_they_were() -> None:
     prepare_for_drawing(unet)
     draw(unet)
     packed = {name for name, module in unet.named_modules() if isinstance(module, cpu_layers._Packed)}
-    assert {f"{name}.weight" for name in packed} == before.keys() - unet.state_dict().keys()
+    assert {f"{name}.weight" for name in packed} == before.keys() - dict(unet.named_parameters()).keys()
     for name in packed:
         assert torch.equal(unet.get_submodule(name).weight, before[f"{name}.weight"]), name
+    saved = unet.state_dict()
+    assert saved.keys() == before.keys()
+    assert all(torch.equal(saved[name], before[name]) for name in before)
     assert unet.dtype == torch.float32
+
+
+@needs_packing
+def test_a_packed_unet_goes_to_another_precision_and_draws(tmp_path: Path) -> None:
+    unet, expected = tiny_unet(), tiny_unet().to(torch.bfloat16)
+    prepare_for_drawing(unet)
+    prepare_for_drawing(expected)
+    draw(unet)
+    unet.to(torch.bfloat16)
+    assert {parameter.dtype for parameter in unet.parameters()} == {torch.bfloat16}
+    assert torch.equal(draw(unet), draw(expected))
 
 
 @needs_packing

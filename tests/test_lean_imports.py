@@ -26,6 +26,12 @@ pictures = [
     generator.generate("a red circle", seed=1, num_inference_steps=2, scheduler=name, **more)[0]
     for name, more in (("dpm++_2m_karras", {}), ("euler_a", {}), ("dpm++_2m", {"width": 64, "height": 64}))
 ]
+from PIL import Image
+start = Image.linear_gradient("L").resize((128, 128))
+for mask in (None, start):
+    options = {"init_image": start.convert("RGB"), "mask_image": mask, "seed": 1, "num_inference_steps": 4}
+    pictures += generator.generate("a red circle", **options)
+is_lean = isinstance(sys.modules.get("torch._dynamo"), lean_imports._StandIn)
 held = [name for name in sys.argv[2:] if name in sys.modules and name != "torch._dynamo"]
 pictures.append(generator.generate("a red circle", seed=1, num_inference_steps=2, scheduler="lms")[0])  # needs scipy.integrate
 pictures.append(generator.generate("a red circle", seed=1, num_inference_steps=2, scheduler="euler_beta")[0])  # scipy.stats
@@ -34,7 +40,7 @@ scipy.optimize.linear_sum_assignment([[1, 2], [2, 1]])
 import torch.distributed.tensor
 torch.distributed.tensor.DTensor.from_local
 import peft
-print(json.dumps({"held": held, "pictures": [picture.tobytes().hex() for picture in pictures], "peft": peft.__name__}))
+print(json.dumps({"held": held, "pictures": [picture.tobytes().hex() for picture in pictures], "peft": peft.__name__, "is_lean": is_lean}))
 """
 
 
@@ -47,6 +53,8 @@ def draw(kind: str) -> dict:
 
 def test_a_lean_process_draws_the_same_and_what_it_left_out_can_still_be_imported() -> None:
     lean, whole = draw("lean"), draw("whole")
+    if not lean["is_lean"]:
+        pytest.skip("with these versions and packages all is imported")
     assert lean["held"] == []
     assert whole["held"] != []
     assert lean["pictures"] == whole["pictures"]
@@ -61,6 +69,9 @@ def test_a_process_that_imported_torch_or_compiles_or_has_other_versions_imports
     assert lean_imports._can_be_lean(OptimizationConfig())
     assert not lean_imports._can_be_lean(OptimizationConfig(enable_torch_compile=True))
     assert not lean_imports._can_be_lean(OptimizationConfig(quantize="int8"))
+    monkeypatch.setenv(lean_imports.WHOLE, "1")
+    assert not lean_imports._can_be_lean(OptimizationConfig())
+    monkeypatch.delenv(lean_imports.WHOLE)
     monkeypatch.setitem(lean_imports.TESTED, "diffusers", "0.1")
     assert not lean_imports._can_be_lean(OptimizationConfig())
 
@@ -74,7 +85,7 @@ def test_a_stand_in_is_a_class_and_a_decorator_and_refuses_to_be_more(monkeypatc
 
     assert module.disable(function, recursive=False)() == 3
     assert not isinstance(function, module.OptimizedModule.inner)
-    with pytest.raises(RuntimeError, match="lean_imports"):
+    with pytest.raises(RuntimeError, match="SD_IMPORT_WHOLE"):
         module.optimize()
     with pytest.raises(AttributeError):
         module.__wrapped__  # noqa: B018

@@ -265,20 +265,31 @@ def test_a_batch_that_stepped_down_is_no_measurement(folder, tmp_path, monkeypat
     overflow(monkeypatch, UNet2DConditionModel, "forward", {1})
     run = Run(folder, tmp_path)
     run.draw()
-    assert not (tmp_path / "cache" / FILE_NAME).exists()
+    (failed,) = run.ran_out
+    assert [list(item) for item in remembered(tmp_path)] == [[failed]]
     run.draw()
-    assert [list(item) for item in json.loads((tmp_path / "cache" / FILE_NAME).read_bytes()).values()] == [
-        [run.recipe["memory_plan"]]
-    ]
+    assert [set(item) for item in remembered(tmp_path)] == [{failed, run.recipe["memory_plan"]}]
 
 
-def test_a_measurement_that_proved_wrong_is_forgotten(folder, tmp_path, monkeypatch, counter) -> None:
+def test_a_plan_that_ran_out_is_not_tried_again_with_the_same_memory(folder, tmp_path, monkeypatch, counter) -> None:
     Run(folder, tmp_path).draw()
     overflow(monkeypatch, UNet2DConditionModel, "forward", {0})
     run = Run(folder, tmp_path)
     run.draw()
     assert run.ran_out == ["gpu"]
-    assert not any("gpu" in item for item in json.loads((tmp_path / "cache" / FILE_NAME).read_bytes()).values())
+    assert remembered(tmp_path)[-1]["gpu"] > 100 * GIB
+    again = Run(folder, tmp_path)
+    again.draw()
+    assert again.ran_out == []
+    assert again.recipe["memory_plan"] == run.recipe["memory_plan"]
+    monkeypatch.setattr(optimizations, "memory_budget", lambda *_: 101 * GIB)
+    more = Run(folder, tmp_path)
+    more.draw()
+    assert more.recipe["memory_plan"] == "gpu"
+
+
+def remembered(tmp_path: Path) -> list[dict[str, int]]:
+    return list(json.loads((tmp_path / "cache" / FILE_NAME).read_bytes()).values())
 
 
 def test_without_a_counter_nothing_is_remembered(folder, tmp_path) -> None:
@@ -303,6 +314,45 @@ def test_quantised_weights_draw_nearly_the_same_picture_in_every_plan(folder, tm
         assert run.recipe["quantize"] == kind
     assert 0 < abs(pictures["fast"] - plain).max() <= tolerance
     assert abs(pictures["fast"] - pictures["balanced"]).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_adapters_work_on_quantised_weights(folder, tmp_path, adapter, kind) -> None:
+    pytest.importorskip("bitsandbytes")
+    run = Run(folder, tmp_path, quantize=kind)
+    (plain,) = run.draw()
+    run.generator.load_lora_weights(adapter, 0.8)
+    unet = run.generator.model.pipeline.unet
+    hooked = [
+        name for name, module in unet.named_modules() if type(module).__name__.startswith("Linear") and module._forward_hooks
+    ]
+    assert len(hooked) >= 16
+    (other,) = run.draw()
+    assert abs(other - plain).max() > 3
+
+
+def test_a_quantisation_that_failed_is_not_taken_for_done(folder, tmp_path, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise UserError("no bitsandbytes")
+
+    run = Run(folder, tmp_path, quantize="int8")
+    monkeypatch.setattr(optimizations, "quantize", fail)
+    for _ in range(2):
+        with pytest.raises(UserError, match="no bitsandbytes"):
+            run.draw()
+
+
+def test_after_a_picture_too_large_for_the_card_a_smaller_one_returns_to_it(folder, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(devices, "available_memory_bytes", lambda: 100 * GIB)
+    overflow(monkeypatch, UNet2DConditionModel, "forward", range(len(CARD_PLANS)))
+    run = Run(folder, tmp_path, precision="bf16")
+    run.draw(width=128, height=128)
+    assert run.recipe["memory_plan"] == "cpu"
+    run.draw(width=128, height=128)
+    assert run.recipe["memory_plan"] == "cpu", "no smaller one"
+    (back,) = run.draw(width=64, height=64)
+    assert (run.recipe["memory_plan"], run.recipe["precision"]) == ("gpu", "bf16")
+    assert numpy.array_equal(Run(folder, tmp_path, precision="bf16").draw(width=64, height=64)[0], back)
 
 
 def test_quantised_weights_on_a_cpu_are_refused(folder, tmp_path, monkeypatch) -> None:

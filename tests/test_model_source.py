@@ -185,3 +185,8 @@ def test_the_weights_that_will_be_loaded_are_read_ahead(tmp_path, monkeypatch) -
     assert [path.name for path in full] == ["diffusion_pytorch_model.safetensors"] * 2
     assert asked == [(0, 0, os.POSIX_FADV_WILLNEED)] * 4
     assert model_source.start_reading(Source("hub", None, "a/b"), in_half_precision=True) == []
+    (model / "safety_checker").mkdir()
+    (model / "safety_checker" / "model.safetensors").write_bytes(b"1")
+    cached = Source("hub", model, "a/b")
+    assert len(model_source.start_reading(cached, in_half_precision=True)) == 3
+    assert len(model_source.start_reading(cached, in_half_precision=True, include_safety_checker=False)) == 2

@@ -109,10 +109,15 @@ def test_group_offload_draws_the_same_picture_bit_for_bit(generator, mode: str) 
 
 def test_what_the_card_has_free_is_what_windows_leaves(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7 * GIB, 8 * GIB))
+    shares = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append(share))
     card = torch.device("cuda")
     elsewhere = optimizations.memory_budget(card, OptimizationConfig())
+    optimizations.memory_budget(card, OptimizationConfig(max_vram_gb=4.5))
     monkeypatch.setattr(sys, "platform", "win32")
     assert elsewhere - optimizations.memory_budget(card, OptimizationConfig()) == memory_plan.WINDOWS_RESERVE_BYTES
+    held = (7 * GIB - memory_plan.WINDOWS_RESERVE_BYTES) / (8 * GIB)  # of the allocator: the context is not its own
+    assert shares == [1.0, 0.5, pytest.approx(held)]
 
 
 def test_a_measured_peak_is_what_a_plan_counts(monkeypatch) -> None:

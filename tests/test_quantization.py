@@ -27,6 +27,24 @@ def inputs(dtype: torch.dtype) -> tuple[tuple[torch.Tensor, ...], dict]:
     return (latents.to(dtype), torch.tensor([5, 500]), text.to(dtype)), {"added_cond_kwargs": added, "return_dict": False}
 
 
+def test_int8_is_moved_whole() -> None:
+    """What lies beside the weight too, before the first call and after it: offloading must leave nothing on the card."""
+    pytest.importorskip("bitsandbytes")
+    for calls in (0, 1):
+        layers = nn.Sequential(nn.Linear(64, 32))
+        quantize_unet(layers.requires_grad_(False), "int8")
+        layers.to("cpu")
+        expected = layers(torch.ones(2, 64)) if calls else None
+        (layer,) = layers
+        layers.to("cpu")
+        assert expected is None or torch.equal(layers(torch.ones(2, 64)), expected)
+        layers.to("meta")
+        held = [holder.CB for holder in (layer.weight, layer.state) if holder.CB is not None]
+        held += [holder.SCB for holder in (layer.weight, layer.state) if holder.SCB is not None]
+        assert {tensor.device.type for tensor in held} == {"meta"}
+        assert type(layer).__name__ == "Linear8bitLt"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_the_output_stays_near_and_the_adapter_learns(kind, dtype) -> None:

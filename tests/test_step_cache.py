@@ -121,6 +121,22 @@ def test_an_error_leaves_the_unet_whole(unet) -> None:
     assert [name for name, _ in unet.named_modules()] == names
 
 
+def test_an_interrupt_leaves_the_unet_whole(unet) -> None:
+    names = [name for name, _ in unet.named_modules()]
+    handles = reuse_deep_features(unet, 2)
+    call(unet, 0)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handles.append(unet.conv_out.register_forward_pre_hook(interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        call(unet, 1)
+    for handle in handles:
+        handle.remove()
+    assert [name for name, _ in unet.named_modules()] == names
+
+
 def test_offloaded_layers_make_no_difference(unet) -> None:
     handles = reuse_deep_features(unet, 2)
     expected = [call(unet, seed) for seed in range(4)]

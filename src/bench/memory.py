@@ -49,7 +49,7 @@ def run(folder: Path, *, full: bool) -> Iterator[str | Row]:
 
 
 def _on_card(folder: Path) -> Iterator[str | Row]:
-    yield f"torch's allocator may have what a card of this size leaves it; fp16, {STEPS} steps, guidance on"
+    yield f"torch is held to what a card of this size leaves it; fp16, {STEPS} steps, guidance on"
     for cap_gib, name, size_px in CARDS:
         model = folder / name
         if not model.is_dir():

@@ -26,7 +26,6 @@ def write(folder: Path, name: str, precision: str = "fp32") -> Path:
     shapes = ARCHITECTURES / name
     index = json.loads((shapes / "model_index.json").read_bytes())
     index |= {part: [None, None] for part in index if part in OF_SAFETY_CHECKER}
-    _publish(folder / "model_index.json", json.dumps(index).encode())
     for path in shapes.glob("*/*.json"):
         _publish(folder / path.relative_to(shapes), path.read_bytes())
     for part in index:
@@ -34,6 +33,13 @@ def write(folder: Path, name: str, precision: str = "fp32") -> Path:
             for path in (EMBEDDED / "tokenizer").iterdir():
                 _publish(folder / part / path.name, path.read_bytes())
     torch.manual_seed(0)
+    # The stock pipeline draws with the model's own scheduler; PNDM's, of some, calls the U-Net once more than it is told.
+    own = json.loads((shapes / "scheduler" / "scheduler_config.json").read_bytes())
+    scheduler = json.loads((EMBEDDED / "scheduler" / "scheduler_config.json").read_bytes())
+    scheduler |= {"prediction_type": own.get("prediction_type", "epsilon")}
+    index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+    _publish(folder / "scheduler" / "scheduler_config.json", json.dumps(scheduler).encode())
+    _publish(folder / "model_index.json", json.dumps(index).encode())
     for part, build in _networks(shapes, index).items():
         with torch.device("meta"):
             state = build().state_dict()

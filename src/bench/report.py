@@ -19,9 +19,9 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 FIRST_COLUMN = 34  # characters
 
 
-def device_name() -> str:
-    """The card's name, or the CPU's with its number of cores."""
-    cards = devices.detect_cards()
+def device_name(on_card: bool = False) -> str:
+    """The CPU's name with its number of cores; ``on_card``: the card's, where there is one."""
+    cards = devices.detect_cards() if on_card else []
     if cards:
         return cards[0].name
     model = platform.processor() or platform.machine()
@@ -35,8 +35,9 @@ def device_name() -> str:
 class Report:
     """Collects the lines of one bench and prints each at once."""
 
-    def __init__(self, what: str, command: str) -> None:
-        self.what, self.command = what, command
+    def __init__(self, what: str, command: str, on_card: bool = False) -> None:
+        self.what, self.command, self.device = what, command, device_name(on_card)
+        print(f"  {self.device}")
         self.items: list[str | Row] = []
         self._columns: tuple[str, ...] = ()
 
@@ -55,8 +56,8 @@ class Report:
 
     def write(self, folder: Path) -> Path:
         """Write both files and return the readable one's path."""
-        name = re.sub(r"[^a-z0-9]+", "-", f"{self.what}-{device_name()}".lower()).strip("-")
-        facts = {"device": device_name(), "system": f"{platform.system()} {platform.machine()}"}
+        name = re.sub(r"[^a-z0-9]+", "-", f"{self.what}-{self.device}".lower()).strip("-")
+        facts = {"device": self.device, "system": f"{platform.system()} {platform.machine()}"}
         facts |= {"Python": platform.python_version()} | _versions()
         files.check_writable_folder(folder)
         content = {"what": self.what, "command": self.command, **facts, "items": self.items}

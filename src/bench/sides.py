@@ -6,9 +6,10 @@ That script is ``StableDiffusionPipeline.from_pretrained(folder)`` and one call,
 from __future__ import annotations
 
 import json
-import resource
+import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -34,7 +35,7 @@ class Drawing:
     steps: int
     batch_size: int = 1
     pictures: int = 2  # one after the other; the first one is slower on all sides
-    max_vram_gb: float | None = None  # a hard cap of the card's memory
+    max_vram_gb: float | None = None  # of the card's memory: a run is held to it
 
 
 @dataclass(frozen=True)
@@ -51,23 +52,39 @@ class Measured:
 
 def measure(drawing: Drawing, python: Path | None = None) -> Measured:
     """Draw in a process. ``python`` is the interpreter of another environment, for OpenVINO. Raises UserError."""
-    command = [sys.executable, "-m", "src.bench.sides"] if python is None else [str(python), str(OPENVINO_SIDE)]
-    done = subprocess.run(
-        [*command, json.dumps(asdict(drawing))], cwd=PROJECT_FOLDER, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        last = (done.stderr.strip() or "no message").splitlines()[-1]
-        raise UserError(f"bench: {drawing.kind} {drawing.precision} at {drawing.size_px} px failed: {last}")
+    arguments = [json.dumps(asdict(drawing))]
+    if python is None:
+        commands = [[sys.executable, "-m", "src.bench.sides", *arguments]]
+    else:  # it exports the model first, which takes memory of its own
+        commands = [[str(python.absolute()), str(OPENVINO_SIDE), *arguments, *more] for more in (["export"], [])]
+    for command in commands:
+        done = subprocess.run(command, cwd=PROJECT_FOLDER, capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = (done.stderr.strip() or "no message").splitlines()[-1]
+            raise UserError(f"bench: {drawing.kind} {drawing.precision} at {drawing.size_px} px failed: {last}")
     return Measured(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def peak_memory_bytes() -> int:
+    """The most main memory that this process held. Linux' ru_maxrss would begin with its parent's."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))[1]) * 1024
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource  # is not there on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def load_stock(drawing: Drawing) -> Callable[[], Sequence[Any]]:
     """The script's pipeline; each call draws a batch."""
     import diffusers
+    import torch
 
-    from src.base_models import DTYPES
-
-    options = {"dtype": DTYPES[drawing.precision]}
+    options: dict[str, Any] = {"dtype": {"fp32": torch.float32, "bf16": torch.bfloat16}[drawing.precision]}
     index = json.loads((Path(drawing.model) / "model_index.json").read_bytes())
     if "safety_checker" in index:
         options |= {"safety_checker": None, "feature_extractor": None}
@@ -83,55 +100,47 @@ def load_stock(drawing: Drawing) -> Callable[[], Sequence[Any]]:
 
 def load_ours(drawing: Drawing) -> Callable[[], Sequence[Any]]:
     """Our generator; each call draws a batch."""
-    from src.generator import TextToImageGenerator
+    from src import lean_imports
 
     config = AppConfig()
+    with lean_imports.for_drawing(config.optimization):
+        from src.generator import TextToImageGenerator
+    cache = tempfile.TemporaryDirectory()  # what earlier runs remembered must not choose the plan
+    config.paths.cache = cache.name
     config.model.model_id, config.model.precision = drawing.model, drawing.precision
     config.model.device = "auto" if drawing.max_vram_gb else "cpu"
     config.optimization.max_vram_gb = drawing.max_vram_gb
     generator = TextToImageGenerator(config)
     generator.load_model()
-    return lambda: generator.generate(
-        PROMPT, seed=0, num_inference_steps=drawing.steps, guidance_scale=GUIDANCE_SCALE,
-        width=drawing.size_px, height=drawing.size_px, num_images=drawing.batch_size, batch_size=drawing.batch_size,
-    )  # fmt: skip
+    settings = {
+        "seed": 0, "num_inference_steps": drawing.steps, "guidance_scale": GUIDANCE_SCALE, "width": drawing.size_px,
+        "height": drawing.size_px, "num_images": drawing.batch_size, "batch_size": drawing.batch_size,
+    }  # fmt: skip
+
+    def draw(_: Any = cache) -> Sequence[Any]:
+        return generator.generate(PROMPT, **settings)
+
+    return draw
 
 
 def main(text: str) -> None:
     """One drawing in this process; the last line of the output is JSON."""
-    from src import lean_imports, quiet
+    from src import quiet
 
     drawing = Drawing(**json.loads(text))
     quiet.silence_libraries()
-    if drawing.max_vram_gb:
-        _cap_card(drawing.max_vram_gb)
     started = time.perf_counter()
-    if drawing.kind == "ours":
-        with lean_imports.for_drawing(AppConfig().optimization):
-            draw = load_ours(drawing)
-    else:
-        draw = load_stock(drawing)
+    draw = (load_ours if drawing.kind == "ours" else load_stock)(drawing)
     ends = [time.perf_counter()]
     for _ in range(drawing.pictures):
         pictures = draw()
         ends.append(time.perf_counter())
     facts = getattr(pictures[0], "info", {}).get("drawn")
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     measured = Measured(
-        ends[0] - started, ends[1] - ends[0], ends[-1] - ends[-2], (facts and facts.peak_bytes) or peak_bytes,
+        ends[0] - started, ends[1] - ends[0], ends[-1] - ends[-2], (facts and facts.peak_bytes) or peak_memory_bytes(),
         facts and facts.predicted_bytes, facts.memory_plan if facts else "",
     )  # fmt: skip
     print(json.dumps(asdict(measured)))
-
-
-def _cap_card(limit_gb: float) -> None:
-    """Let torch's allocator have no more than a card of this size would, less the context."""
-    import torch
-
-    from src.memory_prediction import CONTEXT_BYTES, GIB
-
-    total_bytes = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction((limit_gb * GIB - CONTEXT_BYTES) / total_bytes)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def run(folder: Path) -> Iterator[str | Row]:
     hooks = sum(len(module._forward_hooks) for module in unet.modules())
     unet.compile_repeated_blocks()
     _swap(stack, adapters, 1)  # new hooks: compiled code is forgotten once
-    rows["swap in a compiled U-Net"] = _swap(stack, adapters, SWAPS)
+    rows["swap under torch.compile, without the next step"] = _swap(stack, adapters, SWAPS)
     size = f"{paths[0].stat().st_size / 1e6:.1f} MB"
     yield f"SD v1.5's U-Net; adapters of {len(adapters[0].layers)} layers, rank {RANK}, {size}"
     for name, times in rows.items():
