@@ -32,7 +32,7 @@ def run_door(tmp_path: Path):
     [
         (["--help"], "exit codes"),
         (["-h"], "--negative-prompt"),
-        (["--version"], "0.2"),
+        (["--version"], "0.3"),
         (["--list-schedulers"], "DPM++ 2M"),
         (["test", "--estimate-vram", "--width", "768", "--height", "768"], "peak"),
         (["test", "--estimate-vram", "--model", "sdxl", "--max-vram", "6"], "offload"),

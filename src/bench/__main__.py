@@ -59,7 +59,8 @@ def main(argv: list[str]) -> int:
     try:
         for name in names or PARTS:
             print(f"\n{name}")
-            command = f"python -m src.bench {' '.join(argv)}".strip()
+            shown = ["PATH" if Path(word).is_absolute() else word for word in argv]  # whose machine it was is nobody's business
+            command = " ".join(["python -m src.bench", *shown])
             report = Report(f"{name} full" if options.full else name, command, on_card=name in ON_CARD)
             report.add(parts[name]())
             print(f"  -> {report.write(options.output)}")
