@@ -115,7 +115,11 @@ def test_two_files_write_and_nothing_is_unpickled(path: Path) -> None:
         if any(k.arg == "shell" and ast.unparse(k.value) == "True" for k in node.keywords):
             forbidden.append("shell=True")
     assert forbidden == []
-    assert writers == [] or name_of(path) in {"files", "folders"}  # a file; a folder as one thing, and its lock
+    assert writers == [] or name_of(path) in {
+        "files",
+        "folders",
+        "bench.openvino_side",
+    }  # a file; a folder and its lock; elsewhere
 
 
 def test_diffusers_and_peft_stay_in_their_rooms() -> None:

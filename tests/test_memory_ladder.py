@@ -281,7 +281,7 @@ def test_a_plan_that_ran_out_is_not_tried_again_with_the_same_memory(folder, tmp
     again = Run(folder, tmp_path)
     again.draw()
     assert again.ran_out == []
-    assert again.recipe["memory_plan"] == run.recipe["memory_plan"]
+    assert again.recipe["memory_plan"] in CARD_PLANS[1:]
     monkeypatch.setattr(optimizations, "memory_budget", lambda *_: 101 * GIB)
     more = Run(folder, tmp_path)
     more.draw()
@@ -317,8 +317,9 @@ def test_quantised_weights_draw_nearly_the_same_picture_in_every_plan(folder, tm
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_adapters_work_on_quantised_weights(folder, tmp_path, adapter, kind) -> None:
+def test_adapters_work_on_quantised_weights(folder, tmp_path, kind) -> None:
     pytest.importorskip("bitsandbytes")
+    adapter = adapters.write_kohya(tmp_path / "tiny.safetensors", adapters.random_layers(adapters.source("SD1")))
     run = Run(folder, tmp_path, quantize=kind)
     (plain,) = run.draw()
     run.generator.load_lora_weights(adapter, 0.8)
@@ -344,7 +345,7 @@ def test_a_quantisation_that_failed_is_not_taken_for_done(folder, tmp_path, monk
 
 def test_after_a_picture_too_large_for_the_card_a_smaller_one_returns_to_it(folder, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(devices, "available_memory_bytes", lambda: 100 * GIB)
-    overflow(monkeypatch, UNet2DConditionModel, "forward", range(len(CARD_PLANS)))
+    overflow(monkeypatch, UNet2DConditionModel, "forward", range(4))
     run = Run(folder, tmp_path, precision="bf16")
     run.draw(width=128, height=128)
     assert run.recipe["memory_plan"] == "cpu"

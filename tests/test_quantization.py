@@ -36,12 +36,10 @@ def test_int8_is_moved_whole() -> None:
         layers.to("cpu")
         expected = layers(torch.ones(2, 64)) if calls else None
         (layer,) = layers
-        layers.to("cpu")
+        layers._apply(lambda tensor: tensor.clone())  # as another device would have it
+        (held,) = [holder.CB for holder in (layer.weight, layer.state) if holder.CB is not None]
+        assert held.data_ptr() == layer.weight.data_ptr(), "one copy, where the weight is"
         assert expected is None or torch.equal(layers(torch.ones(2, 64)), expected)
-        layers.to("meta")
-        held = [holder.CB for holder in (layer.weight, layer.state) if holder.CB is not None]
-        held += [holder.SCB for holder in (layer.weight, layer.state) if holder.SCB is not None]
-        assert {tensor.device.type for tensor in held} == {"meta"}
         assert type(layer).__name__ == "Linear8bitLt"
 
 
