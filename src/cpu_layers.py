@@ -58,8 +58,8 @@ def prepare_decoding(vae: AutoencoderKL) -> None:
 class _Packed:
     """A layer whose weight is packed for the shape of its input, in place of the weight itself; for another one, anew.
 
-    An order that suits one size makes another up to five times as slow; packing a U-Net takes about as long as a third of a
-    step, so that even a last batch of fewer pictures is worth it.
+    An order that suits one size makes another up to five times as slow; packing a U-Net takes less time than a step, so that
+    even a last batch of fewer pictures is worth it.
     """
 
     _parts: tuple[Tensor, ...] = ()  # of the weight, along its outputs, in oneDNN's order
