@@ -88,7 +88,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         switch("--medvram", "A1111's name for --memory balanced"),
         switch("--lowvram", "A1111's name for --memory low"),
         Flag(("--quantize",), " | ".join(QUANTIZATIONS) + ": the U-Net's matrices in fewer bits (bitsandbytes); the pictures change", "optimization.quantize", metavar="NAME", choices=QUANTIZATIONS),
-        Flag(("--max-vram",), "plan as if the card had this much, in GiB", "optimization.max_vram_gb", float, "GB"),
+        Flag(("--max-vram",), "plan for this much of the card, in GiB, and keep to it", "optimization.max_vram_gb", float, "GB"),
         switch("--model-cpu-offload", "one component on the card at a time", "optimization.enable_model_cpu_offload"),
         switch("--sequential-cpu-offload", "one layer on the card at a time: smallest, slowest", "optimization.enable_sequential_cpu_offload"),
         switch("--attention-slicing", "for cards without an efficient kernel; slower elsewhere", "optimization.enable_attention_slicing"),

@@ -44,7 +44,7 @@ class OptimizationConfig:
 
     memory: str = "auto"  # the fastest that fits, or what lies on the card: fast all, balanced a component, low a block ...
     quantize: str | None = None  # int8 | nf4: the U-Net's matrices in fewer bits (bitsandbytes); the pictures change
-    max_vram_gb: float | None = None  # plan as if the card had this much, in GiB
+    max_vram_gb: float | None = None  # plan for this much of the card, in GiB, and keep to it
     enable_model_cpu_offload: bool = False  # one component on the card at a time
     enable_sequential_cpu_offload: bool = False  # one layer on the card at a time: smallest and slowest
     enable_attention_slicing: bool = False  # only for cards without an efficient attention kernel; slower elsewhere
