@@ -16,7 +16,7 @@ held = lambda: psutil.Process().memory_info().rss >> 20
 def blocks():
     return [[torch.ones(1 << 18), torch.ones(1 << 10)] for _ in range(200)]  # a megabyte, and what stays behind it
 
-torch.empty(1 << 23)  # glibc learns that blocks of 32 MB come and go, and keeps what is smaller
+torch.empty(1 << 22)  # glibc learns that blocks of 16 MB come and go, and keeps what is smaller
 start = held()
 with cpu_memory.for_weights():
     weights = blocks()
