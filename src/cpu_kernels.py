@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
 
+from src import native
+
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 CHUNK_BYTES = 1 << 22  # scores at once: they stay in the cache of a CPU core
 LONG = {torch.bfloat16: 1 << 21}  # scores of one head, from which on they are not kept for the backward pass
@@ -45,6 +47,9 @@ class CpuAttention:
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """``softmax(q k^T / sqrt(d)) v`` of (B, H, L, d) and (B, H, S, d): as scaled_dot_product_attention, for the CPU."""
+    needs_gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if not needs_gradient and native.can_attend(query, key, value):
+        return native.attend(query, key, value)
     scores = query.shape[2] * key.shape[2]
     if scores >= LONG.get(query.dtype, LONG_OTHERWISE):
         return _LongAttention.apply(query, key, value)
@@ -74,6 +79,8 @@ class _LongAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         ctx.save_for_backward(query, key, value)
+        if native.can_attend(query, key, value):
+            return native.attend(query, key, value)
         result = query.new_empty(query.shape[0], query.shape[2], *query.shape[1::2]).transpose(1, 2)
         for at in _heads(query):
             keys, values = key[at] * query.shape[-1] ** -0.5, value[at].t().contiguous()

@@ -6,6 +6,7 @@ Seconds of one step of SD v1.5 at 512x512 with guidance, two threads of an AMD E
                                        fp32    bf16
     the library's layers                9.9     4.6
     these, with src/cpu_kernels.py      5.5     2.7
+    and with src/native.cpp             TODO    TODO
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from src import cpu_memory
+from src import cpu_memory, native
 from src.cpu_kernels import HAS_ONEDNN, CpuAttention, is_plain
 
 # Torch's compiler uses these operators for the same purpose; on other processors they have not been measured.
@@ -30,11 +32,12 @@ LARGE_BYTES = 1 << 19
 
 _linear = torch.ops.mkldnn._linear_pointwise if CAN_PACK else None
 _convolution = torch.ops.mkldnn._convolution_pointwise if CAN_PACK else None
+_convolution_in_place = torch.ops.mkldnn._convolution_pointwise_ if CAN_PACK else None
 
 
 def prepare_for_drawing(unet: UNet2DConditionModel, exchange_attention: bool = True) -> None:
     """Exchange the layers of a U-Net that lies on the CPU; once more does no harm. Gradients still go through it."""
-    if not CAN_PACK or (unet.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    if not _can_work(unet):
         return
     for module in list(unet.modules()):
         if exchange_attention and isinstance(module, Attention) and is_plain(module):
@@ -43,16 +46,35 @@ def prepare_for_drawing(unet: UNet2DConditionModel, exchange_attention: bool = T
             module.__class__, module.proj.__class__ = FusedGeglu, GatedLinear
         elif type(module) is nn.Linear:
             module.__class__ = PackedLinear
-        elif type(module) is nn.Conv2d and _can_pack(module):
-            module.__class__ = PackedConv2d
+    _exchange_convolutions(unet)
 
 
 def prepare_decoding(vae: AutoencoderKL) -> None:
-    """Let a VAE on the CPU work with channels last, twice as fast in bf16, and with a sixth less memory at its peak."""
+    """Let a VAE on the CPU work with channels last, twice as fast in bf16, and overwrite what it needs no more."""
     vae.to(memory_format=torch.channels_last)
     for module in vae.modules():
         if type(module) is nn.SiLU:  # always of what a norm has just made; in a U-Net some are of what is needed again
             module.inplace = True
+    if _can_work(vae):
+        _exchange_convolutions(vae)
+        for module in vae.modules():
+            if isinstance(module, FusedResnetBlock2D):
+                module.may_overwrite_input = True  # in a U-Net, it goes over to the other side as well
+
+
+def _can_work(model: nn.Module) -> bool:
+    return CAN_PACK and (model.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _exchange_convolutions(model: nn.Module) -> None:
+    for module in list(model.modules()):
+        if type(module) is nn.Conv2d and _can_pack(module):
+            module.__class__ = PackedConv2d
+        elif type(module) is nn.GroupNorm:
+            module.__class__ = FastGroupNorm
+    for module in list(model.modules()):  # after its parts
+        if type(module) is ResnetBlock2D and _can_fuse(module):
+            module.__class__ = FusedResnetBlock2D
 
 
 class _Packed:
@@ -156,6 +178,18 @@ class PackedConv2d(_Packed, nn.Conv2d):
         (weight,) = self._packed(x)
         return _convolution(x, weight, self.bias, self.padding, self.stride, self.dilation, 1, "none", [], "")
 
+    def added_to(self, other: Tensor, x: Tensor, *, in_place: bool) -> Tensor:
+        """``other + self(x)`` in one pass; ``in_place``: over ``other``. What an adapter adds in a hook is in it."""
+        other = other.contiguous(memory_format=torch.channels_last)
+        if self._forward_hooks or not self._can_take(x) or other.dtype != x.dtype:
+            return other + self(x)
+        x = x.contiguous(memory_format=torch.channels_last)
+        (weight,) = self._packed(x)
+        options = self.padding, self.stride, self.dilation, 1, "add", None, None, [], None
+        if in_place:
+            return _convolution_in_place.binary(other, x, weight, self.bias, *options)
+        return _convolution.binary(x, other, weight, self.bias, *options)
+
     def _pack(self, weight: Tensor, x: Tensor) -> tuple[Tensor, ...]:
         options = list(self.padding), list(self.stride), list(self.dilation), 1, list(x.shape)
         return (torch._C._nn.mkldnn_reorder_conv2d_weight(weight.contiguous().to_mkldnn(), *options),)
@@ -164,3 +198,46 @@ class PackedConv2d(_Packed, nn.Conv2d):
 def _can_pack(layer: nn.Conv2d) -> bool:
     is_plain_kind = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
     return is_plain_kind and not isinstance(layer.padding, str)
+
+
+class FastGroupNorm(nn.GroupNorm):
+    """A group normalisation, and what mostly comes with it, in two passes over the memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return native.group_norm(x, self) if self._can_take(x) else super().forward(x)
+
+    def activated(self, x: Tensor, shift: Tensor | None = None, *, in_place: bool = False) -> Tensor:
+        """``SiLU(norm(x + shift))``: x (B, C, h, w), shift (B, C); ``in_place``: over x, where that is possible."""
+        if self._can_take(x):
+            return native.group_norm(x, self, shift=shift, with_silu=True, out=x if in_place else None)
+        x = x if shift is None else x + shift[:, :, None, None]
+        return F.silu(self(x), inplace=not x.requires_grad)
+
+    def _can_take(self, x: Tensor) -> bool:
+        return not (torch.is_grad_enabled() and x.requires_grad) and native.can_normalize(x, self)
+
+
+class FusedResnetBlock2D(ResnetBlock2D):
+    """Two normalisations and two convolutions whose activations and sums take no passes of their own."""
+
+    may_overwrite_input = False
+
+    def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        x = self.conv1(self.norm1.activated(input_tensor))
+        shift = None if temb is None else self.time_emb_proj(self.nonlinearity(temb))
+        x = self.norm2.activated(x, shift, in_place=True)
+        other = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
+        return self.conv2.added_to(other, x, in_place=self.may_overwrite_input or other is not input_tensor)
+
+
+def _can_fuse(block: ResnetBlock2D) -> bool:
+    """Whether it is the plain block of Stable Diffusion's U-Nets and VAEs."""
+    parts = (block.norm1, block.norm2, block.conv1, block.conv2)
+    is_shifted = block.time_embedding_norm == "default" or (
+        block.time_embedding_norm == "group" and block.time_emb_proj is None
+    )
+    is_plain_kind = block.upsample is None and block.downsample is None and is_shifted
+    return (
+        is_plain_kind and isinstance(block.nonlinearity, nn.SiLU) and not block.skip_time_act and block.dropout.p == 0
+        and block.output_scale_factor == 1 and [type(part) for part in parts] == [FastGroupNorm] * 2 + [PackedConv2d] * 2
+    )  # fmt: skip

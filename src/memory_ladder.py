@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 
-from src import devices, memory_plan, optimizations
+from src import devices, memory_plan, native, optimizations
 from src.base_models import LoadedModel
 from src.config import AppConfig, OptimizationConfig
 from src.errors import ExitCode, UserError
@@ -132,6 +132,8 @@ class MemoryLadder:
         self._say(f"plan    {describe(plan)}")
         for note in plan.notes:
             self._say(f"plan    {note}")
+        if model.device.type == "cpu" and (problem := native.problem()):
+            self._say(f"cpu     {problem}")
         if options.enable_torch_compile:
             self._say("compile the U-Net is compiled at the first step, which takes up to minutes")
         if options.quantize and not self._is_quantized:

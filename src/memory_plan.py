@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from src.config import MEMORY_MODES, QUANTIZATIONS, OptimizationConfig
-from src.errors import usage_error
+from src.errors import UserError, usage_error
 from src.memory_prediction import CPU, GIB, PLANS, Estimate, Placement, Request, predict
 from src.model_shapes import ModelShapes
 
@@ -84,6 +84,11 @@ def check_switches(options: OptimizationConfig) -> None:
         )
 
 
+def no_card_to_quantize_on(kind: str) -> UserError:
+    """The error for quantised weights on a CPU."""
+    return usage_error(f"--quantize {kind} needs a card: on a CPU it is slower than without; leave it out")
+
+
 def choose(
     shapes: ModelShapes,
     request: Request,
@@ -102,7 +107,7 @@ def choose(
     """
     check_switches(forced)
     if forced.quantize and budget_bytes is None:
-        raise usage_error(f"--quantize {forced.quantize} needs a card: on a CPU it is slower than without; leave it out")
+        raise no_card_to_quantize_on(forced.quantize)
     candidates, measured = _candidates(budget_bytes is not None, forced, request), measured or {}
     if forced.disable_safety_checker:
         request = replace(request, safety_checker=False)

@@ -164,6 +164,8 @@ def check_surroundings(typed: dict[str, Any], config: AppConfig, processes: Proc
         raise usage_error(f"--preview {typed['preview']}: give the number of steps between previews, 1 or more")
     check_machine(config.model)
     memory_plan.check_switches(config.optimization)
+    if config.optimization.quantize and config.model.device == "cpu":
+        raise memory_plan.no_card_to_quantize_on(config.optimization.quantize)
     if config.optimization.quantize and importlib.util.find_spec("bitsandbytes") is None:
         raise usage_error("--quantize needs the package bitsandbytes; pip install bitsandbytes, or leave --quantize out")
     devices.pick_precision(config.model.precision, on_card=config.model.device != "cpu", cpu_bf16=False)

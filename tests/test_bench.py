@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from src.bench import __main__ as bench
-from src.bench import growth, memory, quality, random_models, sides, speed, train
+from src.bench import growth, memory, quality, random_models, sdcpp_side, sides, speed, train
 from src.bench.report import Report, device_name
 from src.bench.script_loop import ScriptLoop
 from src.config import PROJECT_FOLDER
@@ -93,7 +93,7 @@ def test_speeds_are_told_beside_the_stock_scripts(tmp_path, monkeypatch) -> None
     shutil.rmtree(tmp_path / "embedded")
     seconds = iter([1.0] * 18)
     rivals = [row[""] for row in speed.run(tmp_path, full=False, compiled=True, openvino=tmp_path) if isinstance(row, dict)]
-    assert rivals == list(speed.SIDES)
+    assert rivals == [side for side in speed.SIDES if side != "stable-diffusion.cpp f16"]
 
 
 def test_on_a_card_each_row_of_the_budget_is_drawn_under_its_cap(tmp_path, monkeypatch) -> None:
@@ -197,3 +197,19 @@ def test_the_script_is_timed_by_its_progress_bar(tmp_path) -> None:
     script.write_text("import sys; sys.exit('torchvision is missing')")
     with pytest.raises(UserError, match="torchvision is missing"):
         train._time_script(train.Setting("m", 64, 1, "no", steps=6), tmp_path, script, tmp_path / "out")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
+def test_stable_diffusion_cpp_is_timed_by_what_it_prints(tmp_path) -> None:
+    program, drawing = tmp_path / "sd-cli", sides.Drawing("stable-diffusion.cpp", "f16", "folder", 512, 20)
+    said = "[INFO ] model.cpp:993  - loading tensors completed, taking 2.64s (read: 0.96s)\n[INFO ] x - generate_image completed in 96.07s\n"
+    program.write_text(f"#!/bin/sh\necho \"$@\" > {tmp_path}/asked\nprintf '{said}'\n")
+    program.chmod(0o755)
+    measured = sdcpp_side.measure(drawing, program)
+    assert (measured.load_s, measured.first_s, measured.next_s) == (2.64, 96.07, 96.07)
+    assert measured.peak_bytes > 100_000
+    asked = (tmp_path / "asked").read_text()
+    assert all(words in asked for words in ("-m folder", "-W 512", "-H 512", "--steps 20", "--cfg-scale 7.5", "--type f16"))
+    program.write_text("#!/bin/sh\necho no such model\nexit 1\n")
+    with pytest.raises(UserError, match="sd-cli failed: no such model"):
+        sdcpp_side.measure(drawing, program)

@@ -1,8 +1,9 @@
 """python -m src.bench [start|swap|speed|memory|growth|quality|train] [--full] : measure what the project promises.
 
 ``--full`` takes models of the well-known shapes with random weights. Others measured beside ours: ``--script PATH``, diffusers'
-train_text_to_image_lora.py; ``--openvino PYTHON``, by the interpreter of an environment with optimum-intel; ``--compiled``,
-the stock script with torch.compile. The tables are printed as they come, and written to ``--output DIR`` (docs/bench).
+train_text_to_image_lora.py; ``--openvino PYTHON``, the interpreter of an environment with optimum-intel; ``--sdcpp PROGRAM``,
+stable-diffusion.cpp's sd-cli; ``--compiled``, the stock script with torch.compile. The tables are printed as they come, and
+written to ``--output DIR`` (docs/bench).
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--script", type=Path)
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--openvino", type=Path)
+    parser.add_argument("--sdcpp", type=Path)
     parser.add_argument("--output", type=Path, default=PROJECT_FOLDER / "docs" / "bench")
     options, names = parser.parse_known_args(argv)
     unknown = [name for name in names if name not in PARTS]
@@ -51,7 +53,9 @@ def main(argv: list[str]) -> int:
         return 2
     parts: dict[str, Callable[[], Iterable[str | Row]]] = {
         "start": _start, "swap": lambda: _in_folder("swap"),
-        "speed": lambda: _in_folder("speed", full=options.full, compiled=options.compiled, openvino=options.openvino),
+        "speed": lambda: _in_folder(
+            "speed", full=options.full, compiled=options.compiled, openvino=options.openvino, sdcpp=options.sdcpp
+        ),
         "memory": lambda: _in_folder("memory", full=options.full), "growth": lambda: _in_folder("growth", full=options.full),
         "quality": lambda: _in_folder("quality", full=options.full),
         "train": lambda: _in_folder("train", full=options.full, script=options.script),

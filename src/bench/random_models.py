@@ -44,6 +44,11 @@ def write(folder: Path, name: str, precision: str = "fp32") -> Path:
         with torch.device("meta"):
             state = build().state_dict()
         tensors = {key: _random(key, value, DTYPES[precision]) for key, value in state.items() if value.is_floating_point()}
+        if part.startswith("text_encoder"):  # the names of published files, which transformers has shortened since
+            tensors = {
+                key if key.startswith(("text_model.", "text_projection")) else f"text_model.{key}": value
+                for key, value in tensors.items()
+            }
         stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
         _publish(folder / part / f"{stem}.safetensors", save(tensors))
         del tensors

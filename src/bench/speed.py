@@ -10,25 +10,28 @@ import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
-from src.bench import random_models
+from src.bench import random_models, sdcpp_side
 from src.bench.report import Row
 from src.bench.sides import Drawing, Measured, measure
 from src.model_files import EMBEDDED
 
 STEPS = 20
-SIDES = ("stock fp32", "stock bf16", "compiled bf16", "OpenVINO bf16", "ours fp32", "ours bf16")
+SIDES = ("stock fp32", "stock bf16", "compiled bf16", "OpenVINO bf16", "stable-diffusion.cpp f16", "ours fp32", "ours bf16")
 
 
-def run(folder: Path, *, full: bool, compiled: bool = False, openvino: Path | None = None) -> Iterator[str | Row]:
+def run(
+    folder: Path, *, full: bool, compiled: bool = False, openvino: Path | None = None, sdcpp: Path | None = None
+) -> Iterator[str | Row]:
     """Draw with all sides and give the lines of the report. ``full``: a model of SD v1.5's shapes at 512x512, one round.
 
-    ``compiled``: the script with a compiled U-Net, too; ``openvino``: the interpreter of an environment with optimum-intel.
+    ``compiled``: the script with a compiled U-Net, too; ``openvino``: the interpreter of an environment with optimum-intel;
+    ``sdcpp``: the program sd-cli, which knows the full-size shapes only.
     """
     name, model, size_px, rounds = "embedded", shutil.copytree(EMBEDDED, folder / "embedded"), 128, 3
     if full:
         name, model = "SD v1.5's shapes, random weights in fp32", random_models.write(folder / "model", "sd15")
         size_px, rounds = 512, 1
-    left_out = {"compiled": not compiled, "OpenVINO": openvino is None}
+    left_out = {"compiled": not compiled, "OpenVINO": openvino is None, "stable-diffusion.cpp": sdcpp is None or not full}
     sides = [side for side in SIDES if not left_out.get(side.split()[0])]
     yield f"{name}, {size_px} px, {STEPS} steps, guidance on, batch size 1; median of {rounds} rounds in turn; ratio by next s"
     times: dict[str, list[Measured]] = {side: [] for side in sides}
@@ -37,7 +40,9 @@ def run(folder: Path, *, full: bool, compiled: bool = False, openvino: Path | No
             kind, precision = side.split()
             pictures = 1 if full and kind in ("stock", "OpenVINO") else 2  # whose first is no slower, and takes minutes
             drawing = Drawing(kind, precision, str(model), size_px, STEPS, pictures=pictures)
-            times[side].append(measure(drawing, openvino if kind == "OpenVINO" else None))
+            is_cpp = kind == "stable-diffusion.cpp"
+            run = sdcpp_side.measure(drawing, sdcpp) if is_cpp else measure(drawing, openvino if kind == "OpenVINO" else None)
+            times[side].append(run)
             if len(times[side]) == rounds:
                 yield _row(side, times)
     if openvino is not None:

@@ -1,0 +1,242 @@
+"""The C++ kernels against torch in double precision; how they are compiled, kept, and done without."""
+
+from __future__ import annotations
+
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from src import cpu_kernels, native
+
+needs_native = pytest.mark.skipif(native._load()[0] is None, reason="needs a C++ compiler on x86-64 Linux")
+PRECISIONS = [
+    torch.float32,
+    pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not native._knows(torch.bfloat16), reason="AVX512-BF16")),
+]
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 6e-3}  # relative, of the whole; bf16 has 8 bits
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(mine: torch.Tensor, reference: torch.Tensor, dtype: torch.dtype, torchs: torch.Tensor | None = None) -> None:
+    """Near the reference in double precision; where that is hard, no farther from it than twice what torch's own is."""
+    assert (mine.shape, mine.dtype) == (reference.shape, dtype)
+    allowed = TOLERANCE[dtype] * reference.norm()
+    if torchs is not None:
+        allowed += 2 * (torchs.double() - reference).norm()
+    assert (mine.double() - reference).norm() <= allowed
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("width", [2, 8, 40, 64, 80, 96, 160, 256])
+@pytest.mark.parametrize(("length", "others"), [(64, 64), (1, 1), (7, 77), (33, 31), (19, 1100)])
+def test_attention_is_softmax_of_the_products(length: int, others: int, width: int, dtype: torch.dtype) -> None:
+    sizes = (length, others, others)
+    query, key, value = (2 * noise(2, size, 3, width, seed=i).to(dtype).transpose(1, 2) for i, size in enumerate(sizes))
+    assert native.can_attend(query, key, value)
+    reference = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
+    torchs = F.scaled_dot_product_attention(query, key, value)
+    assert_close(native.attend(query, key, value), reference, dtype, torchs if dtype == torch.float32 else None)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_attention_of_scores_far_apart(dtype: torch.dtype) -> None:
+    """The highest score comes late, and is so high that all before count for nothing."""
+    query, key, value = (noise(1, 1, 1200, 16, seed=i).to(dtype) for i in range(3))
+    key[:, :, -3:] *= 60
+    for parts in ((query, key, value), (-30 * query.abs(), key.abs(), value)):  # in the second all scores are far below 0
+        reference = F.scaled_dot_product_attention(*(part.double() for part in parts))
+        assert_close(native.attend(*parts), reference, dtype, F.scaled_dot_product_attention(*parts))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_what_is_no_number_is_not_hidden(which: int, number: float, dtype: torch.dtype) -> None:
+    parts = [noise(1, 1, 40, 16, seed=i).to(dtype) for i in range(3)]
+    parts[which][0, 0, 3, 5] = number
+    reference = F.scaled_dot_product_attention(*(part.double() for part in parts))
+    assert not reference.isfinite().all() or which == 1  # a key that scores -inf weighs nothing
+    assert torch.equal(native.attend(*parts).isfinite(), reference.isfinite())
+
+
+@needs_native
+def test_any_strides_are_read() -> None:
+    storage = noise(2, 3, 50, 4, 24)
+    query, key, value = storage.unbind(1)
+    parts = query.transpose(1, 2), key.permute(0, 2, 1, 3), value.transpose(1, 2)
+    reference = F.scaled_dot_product_attention(*(part.double() for part in parts))
+    assert_close(native.attend(*parts), reference, torch.float32)
+    one = noise(1, 1, 9, 24).expand(2, 4, 9, 24)  # all heads attend to one
+    reference = F.scaled_dot_product_attention(parts[0].double(), one.double(), one.double())
+    assert_close(native.attend(parts[0], one, one), reference, torch.float32)
+
+
+@needs_native
+def test_what_cannot_be_attended_is_said() -> None:
+    part = noise(1, 2, 8, 16)
+    assert native.can_attend(part, part, part)
+    wrong = [
+        part.double(),
+        part.half(),
+        part.transpose(2, 3),
+        noise(1, 2, 8, 15),
+        noise(1, 2, 8, 258),
+        noise(1, 2, 0, 16),
+        part.to("meta"),
+    ]
+    assert not any(native.can_attend(one, one, one) for one in wrong)
+    assert not native.can_attend(part, part.double(), part)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("with_silu", [False, True])
+@pytest.mark.parametrize("with_shift", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "channels", "groups", "height", "width"),
+    [(2, 32, 4, 9, 7), (1, 320, 32, 16, 16), (3, 16, 16, 1, 1), (1, 48, 1, 40, 33)],
+)
+def test_group_norm(
+    batch: int, channels: int, groups: int, height: int, width: int, with_shift: bool, with_silu: bool, dtype: torch.dtype
+) -> None:
+    layer = torch.nn.GroupNorm(groups, channels, eps=1e-3).to(dtype).requires_grad_(False)
+    layer.weight.copy_(noise(channels, seed=1))
+    layer.bias.copy_(noise(channels, seed=2))
+    x = (3 * noise(batch, channels, height, width) + 5).to(dtype).contiguous(memory_format=torch.channels_last)
+    shift = noise(batch, channels, seed=3).to(dtype) if with_shift else None
+    assert native.can_normalize(x, layer)
+    whole = x.double() + (shift.double()[:, :, None, None] if with_shift else 0)
+    reference = F.group_norm(whole, groups, layer.weight.double(), layer.bias.double(), layer.eps)
+    reference = F.silu(reference) if with_silu else reference
+    mine = native.group_norm(x, layer, shift=shift, with_silu=with_silu)
+    assert mine.is_contiguous(memory_format=torch.channels_last)
+    torchs = layer(x + (shift[:, :, None, None] if with_shift else 0))
+    assert_close(mine, reference, dtype, F.silu(torchs) if with_silu else torchs)
+    same = native.group_norm(x, layer, shift=shift, with_silu=with_silu, out=x)
+    assert same is x
+    assert torch.equal(same, mine)
+
+
+@needs_native
+def test_what_cannot_be_normalized_is_said() -> None:
+    x, layer = noise(1, 32, 4, 4).contiguous(memory_format=torch.channels_last), torch.nn.GroupNorm(4, 32)
+    assert native.can_normalize(x, layer)
+    assert not native.can_normalize(x.contiguous(), layer)
+    assert not native.can_normalize(x.double(), layer)
+    assert not native.can_normalize(x, layer.bfloat16())
+    assert not native.can_normalize(x, torch.nn.GroupNorm(4, 32, affine=False))
+    assert not native.can_normalize(noise(1, 24, 4, 4).contiguous(memory_format=torch.channels_last), torch.nn.GroupNorm(4, 24))
+
+
+@needs_native
+def test_any_number_of_threads_gives_the_same() -> None:
+    parts, before = [noise(2, 3, 37, 40, seed=i) for i in range(3)], torch.get_num_threads()
+    x, layer = noise(2, 32, 37, 5).contiguous(memory_format=torch.channels_last), torch.nn.GroupNorm(4, 32)
+    one = native.attend(*parts), native.group_norm(x, layer)
+    try:
+        torch.set_num_threads(3)
+        three = native.attend(*parts), native.group_norm(x, layer)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(one[0], three[0])
+    assert (one[1] - three[1]).abs().max() < 1e-6
+
+
+@pytest.fixture
+def unloaded(monkeypatch, tmp_path):
+    """As at the start of a process, with an empty cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    native._load.cache_clear()
+    yield tmp_path
+    native._load.cache_clear()
+
+
+@needs_native
+def test_it_is_compiled_once_and_linked_with_torchs_threads(unloaded: Path, monkeypatch) -> None:
+    assert native.problem() is None
+    (library,) = (unloaded / "cache" / "text-to-image").iterdir()
+    openmp = [line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/libgomp" in line]
+    assert len(set(openmp)) == 1
+    native._load.cache_clear()
+    monkeypatch.setattr(native, "_build", lambda *_: pytest.fail("compiled again"))
+    assert native.problem() is None
+    assert native.can_attend(*[noise(1, 1, 4, 4)] * 3)
+    assert library.stat().st_size > 10_000
+
+
+@needs_native
+def test_a_damaged_library_is_compiled_anew(unloaded: Path, monkeypatch) -> None:
+    assert native.problem() is None
+    (library,) = (unloaded / "cache" / "text-to-image").iterdir()
+    damaged = unloaded / "other" / "text-to-image" / library.name  # of a path that this process has not loaded
+    damaged.parent.mkdir(parents=True)
+    damaged.write_bytes(library.read_bytes()[:1000])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(unloaded / "other"))
+    native._load.cache_clear()
+    assert native.problem() is None
+    assert damaged.read_bytes() == library.read_bytes()
+
+
+def test_without_a_compiler_torch_draws_the_same(unloaded: Path, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", str(unloaded))
+    if native._is_offered():
+        assert "no C++ compiler is installed" in native.problem()
+    parts = [noise(1, 2, 8, 16, seed=i) for i in range(3)]
+    assert not native.can_attend(*parts)
+    assert torch.allclose(cpu_kernels.attend(*parts), F.scaled_dot_product_attention(*parts), atol=1e-5)
+
+
+@needs_native
+def test_a_compiler_that_fails_is_named_with_its_error(unloaded: Path, monkeypatch) -> None:
+    broken = unloaded / "c++"
+    broken.write_text(
+        "#!/bin/sh\necho 'native.cpp:1:1: warning: x' >&2; echo 'native.cpp:2:3: error: no such thing' >&2; exit 1\n"
+    )
+    broken.chmod(broken.stat().st_mode | stat.S_IEXEC)
+    monkeypatch.setenv("PATH", f"{unloaded}:/usr/bin:/bin")
+    assert (
+        native.problem()
+        == "c++ did not compile the kernels (native.cpp:2:3: error: no such thing); torch's own draw, more slowly"
+    )
+
+
+@needs_native
+def test_a_cache_that_cannot_be_written_is_done_without(unloaded: Path, monkeypatch) -> None:
+    (unloaded / "cache").write_text("a file")
+    assert native.problem() is None
+    assert native.can_attend(*[noise(1, 1, 4, 4)] * 3)
+
+
+def test_it_can_be_switched_off() -> None:
+    script = "from src import native; import torch; print(native.problem(), native.can_attend(*[torch.ones(1, 1, 4, 4)] * 3))"
+    environment = {"SD_NATIVE": "0", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=60)
+    assert done.stdout.strip() == "None False"
+
+
+@needs_native
+@pytest.mark.skipif(native._load()[0] is None or "avx2" not in native._processor_features(), reason="needs AVX2")
+def test_the_build_for_older_processors_computes_the_same(unloaded: Path, monkeypatch) -> None:
+    """Eight lanes, no bf16."""
+    monkeypatch.setattr(
+        native, "OPTIONS", ("-mfma", *("-mavx2" if option == "-march=native" else option for option in native.OPTIONS))
+    )
+    assert native.problem() is None
+    parts = [noise(2, 3, 75, 40, seed=i) for i in range(3)]
+    assert_close(native.attend(*parts), F.scaled_dot_product_attention(*(part.double() for part in parts)), torch.float32)
+    assert not native.can_attend(*(part.bfloat16() for part in parts))
+    x, layer = noise(2, 32, 9, 5).contiguous(memory_format=torch.channels_last), torch.nn.GroupNorm(4, 32)
+    assert_close(native.group_norm(x, layer, with_silu=True), F.silu(layer.double()(x.double())), torch.float32)
+    parts[1][0, 0, 3] = float("nan")
+    assert native.attend(*parts)[0, 0].isnan().all()
