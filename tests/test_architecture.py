@@ -18,7 +18,7 @@ LIGHT = [
     "doors", "session", "flags", "arguments", "orders", "recipe_orders", "training_memory", "train_arguments", "lean_imports",
 ]  # fmt: skip
 HEAVY = [
-    "quantization", "native", "cpu_kernels", "cpu_memory", "cpu_layers", "optimizations", "model_weights", "base_models", "conditioning",
+    "scenes", "quantization", "native", "cpu_kernels", "cpu_memory", "cpu_layers", "optimizations", "model_weights", "base_models", "conditioning",
     "guidance_interval", "step_cache", "token_merging", "denoising", "lora", "memory_ladder",
     "drawn_recipe", "generator", "report", "preparation",
     "diffusion", "training", "example_subject",

@@ -1,0 +1,177 @@
+"""Draws a scene: flat shapes with smooth edges on a background, or a small landscape. The same scene is the same picture."""
+
+from __future__ import annotations
+
+import math
+from random import Random
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from src.scenes.grammar import COLOURS, SIZE_PX, Background, Landscape, Scene, Thing
+
+FINER = 4  # drawn so many times larger, then averaged
+STRIPE_PX, DOT_PX = 16, 16  # the period
+OUTLINE = 0.24  # of the radius, within it
+RING = 0.44
+Colour = tuple[int, int, int]
+SKIES = {  # from above to the horizon
+    "by day": ((96, 165, 250), (219, 234, 254)), "at sunset": ((76, 29, 149), (251, 146, 60)),
+    "at night": ((8, 12, 40), (30, 41, 90)),
+}  # fmt: skip
+HILL_COLOURS = {"green": (74, 150, 60), "yellow": (222, 184, 60), "brown": (140, 96, 60), "white": (236, 240, 245)}
+DARKER = {"by day": 1.0, "at sunset": 0.86, "at night": 0.55}
+
+
+def draw(scene: Scene) -> Image.Image:
+    """The picture of a scene: RGB, 128 by 128 pixels."""
+    if scene.landscape is not None:
+        return _landscape(scene.landscape)
+    large = background(scene.background)
+    canvas = ImageDraw.Draw(large)
+    for thing in sorted(scene.things, key=lambda thing: -thing.radius):  # what is inside lies above
+        _draw_thing(canvas, thing)
+    return large.resize((SIZE_PX, SIZE_PX), Image.Resampling.BOX)
+
+
+def background(of: Background) -> Image.Image:
+    """It alone, before it is made smaller."""
+    size = SIZE_PX * FINER
+    colours = np.array([COLOURS[name] for name in of.colours], dtype=np.float32)
+    if of.kind == "plain":
+        return Image.new("RGB", (size, size), COLOURS[of.colours[0]])
+    position = (np.arange(size, dtype=np.float32) + 0.5) / FINER
+    if of.kind == "gradient":
+        share = np.broadcast_to((position / SIZE_PX)[:, None], (size, size))
+    elif of.kind == "striped":
+        share = np.broadcast_to(((position / STRIPE_PX + of.phase) % 1 >= 0.5)[None, :], (size, size))
+    else:
+        offset = (position + of.phase * DOT_PX) % DOT_PX - DOT_PX / 2
+        share = np.hypot(offset[:, None], offset[None, :]) < DOT_PX * 0.25
+    share = share[..., None].astype(np.float32)
+    return Image.fromarray((colours[0] * (1 - share) + colours[1] * share + 0.5).astype(np.uint8))
+
+
+def outline_of(shape: str) -> list[tuple[float, float]]:
+    """The corners of a shape of radius 1 around (0, 0), y downwards. Circles, rings and hearts have many."""
+    if shape == "heart":
+        turns = [2 * math.pi * i / 60 for i in range(60)]
+        points = [
+            (16 * math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)))
+            for t in turns
+        ]
+        return [(x / 17, (y - 2) / 17) for x, y in points]
+    if shape == "cross":
+        wide, far = 0.34, 1.0
+        quarter = [(wide, -far), (wide, -wide), (far, -wide)]
+        points = []
+        for _ in range(4):
+            points += quarter
+            quarter = [(-y, x) for x, y in quarter]
+        return points
+    if shape == "square":
+        return [(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)]
+    if shape == "diamond":
+        return [(0, -1.05), (0.72, 0), (0, 1.05), (-0.72, 0)]
+    if shape == "triangle":
+        return [(0, -0.95), (0.98, 0.75), (-0.98, 0.75)]
+    if shape == "star":
+        radii = [1.05 if i % 2 == 0 else 0.44 for i in range(10)]
+        return [(r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5)) for i, r in enumerate(radii)]
+    return [(math.cos(2 * math.pi * i / 72), math.sin(2 * math.pi * i / 72)) for i in range(72)]  # circle, ring
+
+
+def _draw_thing(canvas: ImageDraw.ImageDraw, thing: Thing) -> None:
+    def polygon(radius: float, colour: Colour | None) -> None:
+        turn = math.radians(thing.turn)
+        corners = [
+            (
+                (thing.x + radius * (x * math.cos(turn) - y * math.sin(turn))) * FINER,
+                (thing.y + radius * (x * math.sin(turn) + y * math.cos(turn))) * FINER,
+            )
+            for x, y in outline_of(thing.shape)
+        ]
+        canvas.polygon(corners, fill=colour)
+
+    fill, radius = COLOURS[thing.colour], thing.radius
+    if thing.shape == "ring":
+        _draw_ring(canvas, thing)
+    elif thing.outline is None:
+        polygon(radius, fill)
+    else:
+        polygon(radius, COLOURS[thing.outline])
+        polygon(radius * (1 - OUTLINE), fill)
+
+
+def _draw_ring(canvas: ImageDraw.ImageDraw, thing: Thing) -> None:
+    """A line along a circle: what is in its hole is not painted over."""
+    box = [(middle + sign * thing.radius) * FINER for sign in (-1, 1) for middle in (thing.x, thing.y)]
+    canvas.ellipse(box, outline=COLOURS[thing.colour], width=round(RING * thing.radius * FINER))
+
+
+def _landscape(land: Landscape) -> Image.Image:
+    random, size, dark = Random(land.seed), SIZE_PX * FINER, DARKER[land.time]
+    top, bottom = (np.array(colour, dtype=np.float32) for colour in SKIES[land.time])
+    horizon = random.uniform(0.5, 0.6)
+    share = np.clip((np.arange(size) + 0.5) / (size * horizon), 0, 1)[:, None, None]
+    sky = np.broadcast_to(top * (1 - share) + bottom * share, (size, size, 3))
+    picture = Image.fromarray(sky.astype(np.uint8))
+    canvas = ImageDraw.Draw(picture)
+    _draw_light(canvas, land.time, random, horizon)
+    hill = HILL_COLOURS[land.hills]
+    for depth, tone in ((0.0, 0.82), (0.14, 1.0)):
+        height = [
+            horizon + depth + 0.05 * math.sin(x / 7.0 + random_phase)
+            for random_phase in [random.uniform(0, 6.3)]
+            for x in range(65)
+        ]
+        corners = [(x * size / 64, y * size) for x, y in enumerate(height)]
+        canvas.polygon([*corners, (size, size), (0, size)], fill=_shaded(hill, tone * dark))
+    places = random.sample([0.16, 0.39, 0.61, 0.84], land.trees + 1)
+    _draw_house(
+        canvas,
+        places[0] * size,
+        (horizon + random.uniform(0.26, 0.32)) * size,
+        size,
+        _shaded(COLOURS[land.house], max(dark, 0.75)),
+        dark,
+    )
+    for place in places[1:]:
+        _draw_tree(canvas, place * size, (horizon + random.uniform(0.2, 0.34)) * size, size * random.uniform(0.9, 1.1), dark)
+    return picture.resize((SIZE_PX, SIZE_PX), Image.Resampling.BOX)
+
+
+def _draw_light(canvas: ImageDraw.ImageDraw, time: str, random: Random, horizon: float) -> None:
+    """The sun, low at sunset; at night the moon and stars."""
+    size = SIZE_PX * FINER
+    x = random.choice((0.2, 0.8)) * size + random.uniform(-0.05, 0.05) * size
+    y = (horizon - 0.06 if time == "at sunset" else random.uniform(0.15, 0.22)) * size
+    if time == "at night":
+        for _ in range(14):
+            a, b, r = random.uniform(0, size), random.uniform(0, horizon * size * 0.9), random.uniform(1.5, 3.5)
+            canvas.ellipse((a - r, b - r, a + r, b + r), fill=(240, 240, 220))
+    colour = {"by day": (253, 224, 71), "at sunset": (254, 215, 120), "at night": (235, 235, 215)}[time]
+    r = 0.09 * size
+    canvas.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+
+
+def _draw_house(canvas: ImageDraw.ImageDraw, x: float, base: float, size: int, colour: Colour, dark: float) -> None:
+    wide, high = 0.1 * size, 0.15 * size
+    canvas.rectangle((x - wide, base - high, x + wide, base), fill=colour)
+    roof = [(x - wide * 1.2, base - high), (x, base - high * 1.75), (x + wide * 1.2, base - high)]
+    canvas.polygon(roof, fill=_shaded((88, 60, 50), dark))
+    canvas.rectangle((x - wide * 0.65, base - high * 0.62, x - wide * 0.1, base), fill=_shaded((80, 55, 40), dark))
+    window = (255, 236, 150) if dark < 1 else (200, 230, 245)
+    canvas.rectangle((x + wide * 0.15, base - high * 0.72, x + wide * 0.72, base - high * 0.32), fill=window)
+
+
+def _draw_tree(canvas: ImageDraw.ImageDraw, x: float, base: float, size: float, dark: float) -> None:
+    wide, high = 0.012 * size, 0.09 * size
+    canvas.rectangle((x - wide, base - high, x + wide, base), fill=_shaded((101, 67, 33), dark))
+    for level in range(3):
+        reach, foot = (0.075 - 0.017 * level) * size, base - high * (0.6 + 0.6 * level)
+        canvas.polygon([(x - reach, foot), (x, foot - high * 1.05), (x + reach, foot)], fill=_shaded((21, 94, 60), dark))
+
+
+def _shaded(colour: Colour, by: float) -> Colour:
+    return tuple(round(part * by) for part in colour)

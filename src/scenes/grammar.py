@@ -1,0 +1,256 @@
+"""A grammar of pictures: each scene is data (what, which colour, where), and a caption that says it.
+
+    [a picture of] a|an [small|large] COLOUR SHAPE [with a COLOUR outline] [on the left|...|in the center] on a BACKGROUND
+    a COLOUR SHAPE left of|right of|above|below|and|inside a COLOUR SHAPE on a BACKGROUND
+    two|three|four COLOUR SHAPEs on a BACKGROUND
+    a COLOUR house and a tree|two trees|three trees on COLOUR hills by day|at sunset|at night
+
+A background is ``white background``, ``blue to white gradient background``, ``red and white striped background`` or ``green and
+yellow dotted background``. The words, colour values and plain backgrounds of the first model's grammar are all in it.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from random import Random
+from typing import Any
+
+SIZE_PX = 128
+SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "ring", "cross")
+COLOURS = {
+    "red": (220, 38, 38), "green": (34, 160, 70), "blue": (37, 99, 235), "yellow": (250, 204, 21), "purple": (147, 51, 234),
+    "orange": (249, 115, 22), "pink": (244, 114, 182), "cyan": (6, 182, 212), "brown": (120, 72, 40), "black": (20, 20, 20),
+    "white": (250, 250, 250), "gray": (140, 140, 140),
+}  # fmt: skip
+PLAIN = ("white", "black", "gray", "blue", "green", "yellow", "pink", "red")
+# Pairs whose mixtures resemble no colour of the list.
+GRADIENTS = (
+    ("blue", "white"),
+    ("green", "white"),
+    ("black", "blue"),
+    ("black", "green"),
+    ("gray", "white"),
+    ("yellow", "white"),
+)
+STRIPES = (("red", "white"), ("blue", "white"), ("black", "white"), ("green", "yellow"), ("blue", "black"), ("pink", "white"))
+POSITIONS = {
+    "on the left": (0.25, 0.5), "on the right": (0.75, 0.5), "at the top": (0.5, 0.25), "at the bottom": (0.5, 0.75),
+    "in the center": (0.5, 0.5),
+}  # fmt: skip
+RELATIONS = ("left of", "right of", "above", "below", "and", "inside")
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+SIZES_PX = {"small": (13, 16), None: (20, 26), "large": (34, 40)}  # radius
+PAIR_PX, GROUP_PX, OUTER_PX, INNER_PX = (17, 24), {2: (15, 19), 3: (14, 17), 4: (13, 16)}, (40, 46), (12, 14)
+ROOMY = ("circle", "square", "diamond", "heart")  # shapes that another one fits into
+GAP_PX = 8  # at least this much background between two things
+MARGIN_PX = 4
+HOUSES, HILLS = ("red", "blue", "yellow", "white", "orange", "purple"), ("green", "yellow", "brown", "white")
+TIMES = ("by day", "at sunset", "at night")
+TREES = {1: "a tree", 2: "two trees", 3: "three trees"}
+KINDS = {"one": 30, "pair": 36, "group": 20, "landscape": 14}  # per cent of the training scenes
+SPLITS = ("train", "held-out", "unseen")
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A shape: its middle and radius in pixels, turned by some degrees."""
+
+    shape: str
+    colour: str
+    x: float
+    y: float
+    radius: float
+    turn: float
+    size: str | None = None  # small, large: where the caption says it
+    outline: str | None = None
+
+
+@dataclass(frozen=True)
+class Background:
+    """``plain`` of one colour; ``gradient`` from above, ``striped`` or ``dotted`` of two, ``phase`` in [0, 1)."""
+
+    kind: str
+    colours: tuple[str, ...]
+    phase: float = 0.0
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """A house among trees on hills. ``seed`` decides where everything stands."""
+
+    house: str
+    trees: int
+    hills: str
+    time: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One picture as data. ``kind`` is a key of KINDS; a landscape has no things and no background of its own."""
+
+    kind: str
+    caption: str
+    things: tuple[Thing, ...] = ()
+    background: Background | None = None
+    position: str | None = None
+    relation: str | None = None
+    landscape: Landscape | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Scene:
+        """The inverse of ``as_dict``, also after JSON has made lists of tuples."""
+        things = tuple(Thing(**thing) for thing in data["things"])
+        background, landscape = data["background"], data["landscape"]
+        if background is not None:
+            background = Background(background["kind"], tuple(background["colours"]), background["phase"])
+        landscape = None if landscape is None else Landscape(**landscape)
+        return Scene(**{**data, "things": things, "background": background, "landscape": landscape})
+
+
+def is_unseen(colour: str, shape: str) -> bool:
+    """Whether this combination never occurs in training: one colour of each shape."""
+    return (list(COLOURS).index(colour) - 5 * SHAPES.index(shape)) % len(COLOURS) == 3
+
+
+def split_of(scene: Scene) -> str:
+    """``unseen`` if a combination in it is; else one caption in 16 is ``held-out``, and the rest is for training."""
+    if any(is_unseen(thing.colour, thing.shape) for thing in scene.things):
+        return "unseen"
+    caption = scene.caption.removeprefix("a picture of ")
+    return "held-out" if zlib.crc32(caption.encode()) % 16 == 0 else "train"
+
+
+def scenes(seed: int, split: str, kinds: tuple[str, ...] = tuple(KINDS)) -> Iterator[Scene]:
+    """Endlessly many scenes of one split, always the same ones for a seed. No two processes need to agree on anything else."""
+    if split not in SPLITS:
+        raise ValueError(f"split '{split}' is not known; choose {', '.join(SPLITS)}")
+    random = Random(f"scenes {seed} {split}")
+    weights = [KINDS[kind] for kind in kinds]
+    while True:
+        (kind,) = random.choices(kinds, weights)
+        scene = _MAKERS[kind](random)
+        if split_of(scene) == split:
+            yield scene
+
+
+def _one(random: Random) -> Scene:
+    size = random.choice((None, None, "small", "large"))
+    position = random.choice((None, *POSITIONS))
+    background = _background(random)
+    radius = random.uniform(*SIZES_PX[size])
+    where = (0.5, 0.5) if position is None else POSITIONS[position]
+    x, y = (_within(SIZE_PX * share + random.uniform(-7, 7), radius) for share in where)
+    colour = _colour(random, background.colours)
+    shape = random.choice(SHAPES)
+    is_outlined = shape != "ring" and random.random() < 0.2
+    outline = _colour(random, (*background.colours, colour)) if is_outlined else None
+    thing = Thing(shape, colour, x, y, radius, random.uniform(-8, 8), size, outline)
+    words = [word for word in (size, colour, shape) if word]
+    caption = _with_article(" ".join(words))
+    caption += f" with {_with_article(outline)} outline" if outline else ""
+    caption += f" {position}" if position else ""
+    caption = f"{caption} on {describe(background)}"
+    if random.random() < 0.1:
+        caption = f"a picture of {caption}"
+    return Scene("one", caption, (thing,), background, position)
+
+
+def _pair(random: Random) -> Scene:
+    relation, background = random.choice(RELATIONS), _background(random)
+    colours = [_colour(random, background.colours)]
+    colours.append(_colour(random, (*background.colours, colours[0])))
+    shapes = [random.choice(SHAPES), random.choice(ROOMY if relation == "inside" else SHAPES)]
+    if relation == "inside":
+        x, y, outer = 64 + random.uniform(-12, 12), 64 + random.uniform(-12, 12), random.uniform(*OUTER_PX)
+        places = [(x, y, random.uniform(*INNER_PX)), (x, y, outer)]
+    else:
+        places = _side_by_side(random, relation)
+    things = tuple(
+        Thing(shape, colour, x, y, radius, random.uniform(-8, 8))
+        for shape, colour, (x, y, radius) in zip(shapes, colours, places)
+    )
+    names = [_with_article(f"{thing.colour} {thing.shape}") for thing in things]
+    return Scene("pair", f"{names[0]} {relation} {names[1]} on {describe(background)}", things, background, relation=relation)
+
+
+def _side_by_side(random: Random, relation: str) -> list[tuple[float, float, float]]:
+    """Two places with a gap between; the first is clearly on the side that the relation names, ``and`` leaves it open."""
+    first, second = random.uniform(*PAIR_PX), random.uniform(*PAIR_PX)
+    direction = random.choice(RELATIONS[:4]) if relation == "and" else relation
+    apart = first + second + GAP_PX + random.uniform(0, 10)
+    start = MARGIN_PX + first + random.uniform(0, max(0.0, SIZE_PX - 2 * MARGIN_PX - first - second - apart))
+    across = 64 + random.uniform(-16, 16)
+    along = (start, start + apart)
+    if direction in ("right of", "below"):
+        along = (SIZE_PX - along[0], SIZE_PX - along[1])
+    others = (across + random.uniform(-5, 5), across + random.uniform(-5, 5))
+    if direction in ("left of", "right of"):
+        return [(along[0], others[0], first), (along[1], others[1], second)]
+    return [(others[0], along[0], first), (others[1], along[1], second)]
+
+
+def _group(random: Random) -> Scene:
+    number, background = random.choice(list(NUMBERS)), _background(random)
+    shape, colour, radius = random.choice(SHAPES), _colour(random, background.colours), random.uniform(*GROUP_PX[number])
+    places: list[tuple[float, float]] = []
+    while len(places) < number:  # anew when the last found no room
+        places = []
+        for _ in range(60):
+            x, y = (random.uniform(MARGIN_PX + radius, SIZE_PX - MARGIN_PX - radius) for _ in range(2))
+            if all(math.hypot(x - a, y - b) >= 2 * radius + GAP_PX for a, b in places):
+                places.append((x, y))
+            if len(places) == number:
+                break
+    things = tuple(Thing(shape, colour, x, y, radius, random.uniform(-8, 8)) for x, y in places)
+    plural = f"{shape}es" if shape.endswith("s") else f"{shape}s"
+    return Scene("group", f"{NUMBERS[number]} {colour} {plural} on {describe(background)}", things, background)
+
+
+def _landscape(random: Random) -> Scene:
+    land = Landscape(
+        random.choice(HOUSES), random.choice(list(TREES)), random.choice(HILLS), random.choice(TIMES), random.getrandbits(32)
+    )
+    caption = f"{_with_article(land.house)} house and {TREES[land.trees]} on {land.hills} hills {land.time}"
+    return Scene("landscape", caption, landscape=land)
+
+
+_MAKERS = {"one": _one, "pair": _pair, "group": _group, "landscape": _landscape}
+
+
+def describe(background: Background) -> str:
+    """``a white background``, ``a blue to white gradient background`` ..."""
+    words = {
+        "plain": "{0}",
+        "gradient": "{0} to {1} gradient",
+        "striped": "{0} and {1} striped",
+        "dotted": "{0} and {1} dotted",
+    }
+    return _with_article(words[background.kind].format(*background.colours)) + " background"
+
+
+def _background(random: Random) -> Background:
+    (kind,) = random.choices(("plain", "gradient", "striped", "dotted"), (64, 16, 12, 8))
+    if kind == "plain":
+        return Background(kind, (random.choice(PLAIN),))
+    colours = random.choice(GRADIENTS if kind == "gradient" else STRIPES)
+    return Background(kind, colours if random.random() < 0.5 else colours[::-1], random.random())
+
+
+def _colour(random: Random, taken: tuple[str, ...]) -> str:
+    return random.choice([colour for colour in COLOURS if colour not in taken])
+
+
+def _within(middle: float, radius: float) -> float:
+    return min(max(middle, MARGIN_PX + radius), SIZE_PX - MARGIN_PX - radius)
+
+
+def _with_article(words: str) -> str:
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"

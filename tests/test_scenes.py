@@ -1,0 +1,133 @@
+"""The grammar keeps its word: captions say what the data says, splits do not meet, things have room; the drawing is where it says."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from src.scenes import drawing, grammar
+from src.scenes.grammar import COLOURS, KINDS, SHAPES, SIZE_PX, Background, Scene, Thing
+
+SCENES = list(islice(grammar.scenes(3, "train"), 3000))
+
+
+def test_the_same_seed_gives_the_same_scenes_and_another_seed_others() -> None:
+    again = list(islice(grammar.scenes(3, "train"), 50))
+    assert again == SCENES[:50]
+    assert list(islice(grammar.scenes(4, "train"), 50)) != again
+    assert np.array_equal(drawing.draw(again[0]), drawing.draw(SCENES[0]))
+
+
+def test_a_scene_survives_json() -> None:
+    for scene in SCENES[:300]:
+        assert Scene.from_dict(json.loads(json.dumps(scene.as_dict()))) == scene
+
+
+def test_captions_say_what_is_there() -> None:
+    for scene in SCENES:
+        words = scene.caption.split()
+        assert len(words) <= 26  # of 30 tokens
+        if scene.landscape is not None:
+            assert scene.landscape.house in words
+            assert scene.landscape.time in scene.caption
+            continue
+        assert scene.caption.endswith(f"on {grammar.describe(scene.background)}")
+        for thing in scene.things:
+            assert thing.colour in words
+            assert thing.shape in scene.caption
+            assert thing.colour not in scene.background.colours
+            assert thing.outline not in (thing.colour, *scene.background.colours)
+        assert re.search(r"\ban [^aeiou]|\ba [aeiou]", scene.caption) is None
+        if scene.kind == "group":
+            assert words[0] == grammar.NUMBERS[len(scene.things)]
+        if scene.relation:
+            assert f" {scene.relation} " in scene.caption
+
+
+def test_things_are_where_the_caption_says() -> None:
+    for scene in SCENES:
+        first = scene.things[0] if scene.things else None
+        if scene.position:
+            x, y = grammar.POSITIONS[scene.position]
+            assert math.hypot(first.x - x * SIZE_PX, first.y - y * SIZE_PX) < 20
+        if scene.relation:
+            second = scene.things[1]
+            right, down = first.x - second.x, first.y - second.y
+            sides = {"left of": -right, "right of": right, "above": -down, "below": down}
+            assert sides.get(scene.relation, 100) > 30
+            assert scene.relation != "inside" or (right, down) == (0, 0)
+        apart = [
+            math.hypot(a.x - b.x, a.y - b.y) - a.radius - b.radius for i, a in enumerate(scene.things) for b in scene.things[:i]
+        ]
+        assert scene.relation == "inside" or all(gap >= grammar.GAP_PX - 1e-6 for gap in apart)
+        for thing in scene.things:
+            assert all(thing.radius + 2 <= middle <= SIZE_PX - thing.radius - 2 for middle in (thing.x, thing.y))
+
+
+def test_splits_never_share_a_caption_and_unseen_pairs_are_in_one_alone() -> None:
+    captions = {}
+    for split in grammar.SPLITS:
+        scenes = list(islice(grammar.scenes(5, split), 600))
+        captions[split] = {scene.caption.removeprefix("a picture of ") for scene in scenes}
+        unseen = [any(grammar.is_unseen(thing.colour, thing.shape) for thing in scene.things) for scene in scenes]
+        assert all(unseen) if split == "unseen" else not any(unseen)
+    assert not captions["train"] & captions["held-out"]
+    assert not captions["train"] & captions["unseen"]
+    pairs = [(colour, shape) for colour in COLOURS for shape in SHAPES if grammar.is_unseen(colour, shape)]
+    assert sorted(shape for _, shape in pairs) == sorted(SHAPES)  # one colour of each
+    assert len({colour for colour, _ in pairs}) == len(pairs)
+    with pytest.raises(ValueError, match="held-out"):
+        next(grammar.scenes(0, "test"))
+
+
+def test_every_word_of_the_grammar_occurs() -> None:
+    said = " ".join(scene.caption for scene in SCENES)
+    words = [*COLOURS, *SHAPES, *grammar.POSITIONS, *grammar.RELATIONS, *grammar.TIMES, *grammar.NUMBERS.values()]
+    words += ["small", "large", "a picture of", "gradient", "striped", "dotted", "outline", "crosses"]
+    assert [word for word in words if word not in said] == []
+    assert {scene.kind for scene in SCENES} == set(KINDS)
+    share = sum(scene.kind == "pair" for scene in SCENES) / len(SCENES)
+    assert abs(share - KINDS["pair"] / sum(KINDS.values())) < 0.1
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_shape_is_drawn_where_its_data_says_and_as_large_as_mathematics(shape: str) -> None:
+    thing = Thing(shape, "red", 50.0, 70.0, 30.0, 0.0)
+    pixels = np.asarray(drawing.draw(Scene("one", "x", (thing,), Background("plain", ("white",))))).astype(float)
+    white, red = np.array(COLOURS["white"]), np.array(COLOURS["red"])
+    share = (pixels - white) @ (red - white) / ((red - white) @ (red - white))  # of each pixel that is covered
+    corners = np.array(drawing.outline_of(shape)) * 30
+    around = np.roll(corners, -1, axis=0)
+    area = abs(np.sum(corners[:, 0] * around[:, 1] - corners[:, 1] * around[:, 0])) / 2
+    if shape == "ring":
+        area = math.pi * 30**2 * (1 - (1 - drawing.RING) ** 2)
+    assert share.sum() == pytest.approx(area, rel=0.03)
+    y, x = np.nonzero(share > 0.5)
+    assert abs(x.mean() + 0.5 - 50) < 1
+    assert abs((x.min() + x.max() + 1) / 2 - 50) < 1
+    assert y.min() >= 70 - 30 * 1.1
+
+
+def test_backgrounds_have_both_colours_in_their_order() -> None:
+    def mean(kind: str, rows: slice) -> np.ndarray:
+        return np.asarray(drawing.background(Background(kind, ("black", "white"), 0.3)))[rows].mean()
+
+    assert mean("gradient", slice(0, 20)) < 30
+    assert mean("gradient", slice(-20, None)) > 240
+    assert mean("striped", slice(None)) == pytest.approx(135, abs=5)
+    dotted = 20 + 230 * math.pi * 0.25**2
+    assert mean("dotted", slice(None)) == pytest.approx(dotted, abs=5)
+
+
+def test_an_inner_thing_lies_above_and_an_outline_around() -> None:
+    inner, outer = Thing("circle", "red", 64, 64, 12, 0), Thing("ring", "blue", 64, 64, 40, 0)
+    pixels = drawing.draw(Scene("pair", "x", (inner, outer), Background("plain", ("white",))))
+    assert [pixels.getpixel((x, 64)) for x in (64, 80, 100)] == [COLOURS["red"], COLOURS["white"], COLOURS["blue"]]
+    outlined = Thing("square", "red", 64, 64, 30, 0, outline="black")
+    pixels = drawing.draw(Scene("one", "x", (outlined,), Background("plain", ("white",))))
+    assert [pixels.getpixel((x, 64)) for x in (64, 87, 95)] == [COLOURS["red"], COLOURS["black"], COLOURS["white"]]
