@@ -222,7 +222,7 @@ def _find_source(source: str | Path) -> Path:
     if path.is_file():
         return path
     preset = PRESETS_FOLDER / f"{source}.yaml"
-    if str(source) in preset_names() or (re.fullmatch(r"train/[\w-]+", str(source)) and preset.is_file()):
+    if str(source) in preset_names() or (re.fullmatch(r"(train|scratch)/[\w-]+", str(source)) and preset.is_file()):
         return preset
     names = [*preset_names(), *(f"train/{path.stem}" for path in sorted(PRESETS_FOLDER.glob("train/*.yaml")))]
     close = difflib.get_close_matches(str(source), names, n=1)
@@ -255,6 +255,10 @@ def _convert(value: Any, kind: Any, name: str) -> Any:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
             raise usage_error(f"{name}: expected text or a list of texts, got {value!r}")
+        return tuple(items)
+    if kind == tuple[int, ...]:
+        items = value.strip("[]() ").split(",") if isinstance(value, str) else value
+        items = [_convert(item.strip() if isinstance(item, str) else item, int, name) for item in items]
         return tuple(items)
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     target = next(option for option in options if option is not types.NoneType)

@@ -21,7 +21,7 @@ HEAVY = [
     "scenes", "quantization", "native", "cpu_kernels", "cpu_memory", "cpu_layers", "optimizations", "model_weights", "base_models", "conditioning",
     "guidance_interval", "step_cache", "token_merging", "denoising", "lora", "memory_ladder",
     "drawn_recipe", "generator", "report", "preparation",
-    "diffusion", "training", "example_subject",
+    "diffusion", "training", "example_subject", "scratch",
 ]  # fmt: skip
 DOORS = ["cli", "prepare_dataset", "train_lora", "bench"]
 ORDER = [*LIGHT, *HEAVY, *DOORS]
@@ -135,6 +135,7 @@ def test_diffusers_and_peft_stay_in_their_rooms() -> None:
             "generator",
             "lora",
             "training",
+            "scratch",
             "bench",
             "cpu_kernels",
             "cpu_layers",

@@ -1,0 +1,130 @@
+"""The door of ``python -m src.scratch``: a small Stable Diffusion from nothing, phase by phase."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from src.config import parse_assignment, set_from, set_value
+from src.doors import answer
+from src.errors import ExitCode, usage_error
+from src.flags import CommandLine, Flag, switch
+from src.scratch.settings import PHASES, ScratchSettings, check
+from src.terminal import Terminal
+
+USAGE = "python -m src.scratch all|PHASE [options]"
+TOOLS = ("interpolate", "reconstruct", "around")
+DESCRIPTION = f"""Train a small Stable Diffusion from random weights on pictures that are drawn here.
+
+phases: {", ".join(PHASES)}; each needs those before it. "all" does what is not done yet, so the same command goes on
+after Ctrl-C or a kill. tools for the latent space: {", ".join(TOOLS)}; each writes one PNG."""
+EPILOG = """examples:
+  python -m src.scratch all --out models/embedded          the model that ships: hours on two cores, minutes on a card
+  python -m src.scratch all --quick                        the lesson: 20 minutes on two cores
+  python -m src.scratch vae --set steps=3000 --restart     one phase anew, with other numbers
+  python -m src.scratch interpolate --model models/embedded --prompt "a red circle on a white background" \\
+      --prompt "a blue star on a white background"
+  python -m src.scratch interpolate --picture a.png --picture b.png
+  python -m src.scratch reconstruct --picture a.png        a picture through the VAE and back
+  python -m src.scratch around --picture a.png             decoded samples around its latents
+
+exit codes: 0 done, 1 failure, 2 wrong usage, 3 out of memory, 4 not found, 6 input refused, 130 interrupted"""
+FLAGS: dict[str, tuple[Flag, ...]] = {
+    "folders": (
+        Flag(("--out",), "the model's folder (default: WORK/model)", metavar="DIR"),
+        Flag(("--work",), "where the phases keep what they learn (default: outputs/scratch)", metavar="DIR"),
+    ),
+    "recipe": (
+        Flag(("--config",), "settings from a YAML file", metavar="FILE", repeat=True),
+        Flag(("--set",), "one setting: vae.steps=3000, or steps=3000 of the named phase", metavar="NAME=VALUE", repeat=True),
+        switch("--quick", "configs/scratch/quick.yaml: recognisable shapes in 20 minutes"),
+        switch("--restart", "forget what the named phase has learnt"),
+    ),
+    "tools": (
+        Flag(("--model",), "a model's folder (default: models/embedded)", metavar="DIR"),
+        Flag(("--prompt",), "to interpolate between two of them", metavar="TEXT", repeat=True),
+        Flag(("--picture",), "a picture's file; two to interpolate between them", metavar="FILE", repeat=True),
+        Flag(("--seed",), "of the noise (default: 0)", kind=int, metavar="N"),
+        Flag(("--count",), "pictures in the row (default: 8)", kind=int, metavar="N"),
+    ),
+    "answers": (switch("--help", "this text"), switch("--debug", "the traceback of an error")),
+}  # fmt: skip
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train, or use a tool, and return the exit code."""
+    return answer(argv, _run, "interrupted; the same command goes on from the last checkpoint")
+
+
+def command_line() -> CommandLine:
+    return CommandLine(FLAGS, prog="scratch", usage=USAGE, description=DESCRIPTION, epilog=EPILOG, words="PHASE")
+
+
+def _run(argv: Sequence[str], terminal: Terminal) -> int:
+    typed = command_line().parse(["--help" if word == "-h" else word for word in argv])
+    if "help" in typed:
+        print(command_line().help_text())
+        return ExitCode.OK
+    verb = typed.get("words")
+    if verb not in ("all", *PHASES, *TOOLS):
+        raise usage_error(f"'{verb or ''}' is no phase; choose all, {', '.join(PHASES)}, or a tool: {', '.join(TOOLS)}")
+    if verb in TOOLS:
+        from src.scratch import latent_space
+
+        return latent_space.run(verb, typed, terminal)
+    settings = read_settings(typed, verb)
+    work_folder = Path(typed.get("work", "outputs/scratch")).expanduser()
+
+    from src import quiet
+
+    quiet.silence_libraries()
+    from src.scratch.phases import Work
+
+    work = Work(work_folder, terminal.say)
+    out = Path(typed.get("out", work_folder / "model")).expanduser()
+    if "restart" in typed and verb != "all":
+        work.restart(verb)
+    for phase in PHASES if verb == "all" else (verb,):
+        if phase != "assemble" and work.is_done(phase, settings):
+            terminal.say(f"{phase:<9} is done ({work.of(phase) / 'final'})")
+            continue
+        work.inputs(phase)
+        terminal.say(f"{phase:<9} begins")
+        _do(phase, work, settings, out, terminal)
+    return ExitCode.OK
+
+
+def read_settings(typed: dict[str, Any], verb: str) -> ScratchSettings:
+    """Defaults, files and ``--set``; a bare name is of the phase that is named. Raises UserError (usage)."""
+    settings = ScratchSettings()
+    set_from(settings, *(["scratch/quick"] if "quick" in typed else []), *typed.get("config", ()))
+    for text in typed.get("set", ()):
+        name, value = parse_assignment(text)
+        set_value(settings, name if "." in name or verb == "all" else f"{verb}.{name}", value)
+    check(settings)
+    return settings
+
+
+def _do(phase: str, work: Any, settings: ScratchSettings, out: Path, terminal: Terminal) -> None:
+    """Import the room of a phase, and let it work."""
+    if phase == "assemble":
+        from src.scratch.assemble import assemble
+
+        assemble(work, settings, out, terminal)
+        return
+    import importlib
+
+    rooms = {
+        "scenes": ("pictures", "draw_scenes"), "tokenizer": ("tokenizer", "learn_tokenizer"), "vae": ("vae", "learn_vae"),
+        "clip": ("clip", "learn_clip"), "unet": ("unet", "learn_unet"),
+    }  # fmt: skip
+    module, function = rooms[phase]
+    learn: Callable[..., dict[str, Any]] = getattr(importlib.import_module(f"src.scratch.{module}"), function)
+    figures = learn(work, settings, terminal)
+    terminal.say(f"{phase:<9} done: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,70 @@
+"""The last phase: the parts become one folder that any program for Stable Diffusion loads, with a card of how it was made."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from diffusers import DPMSolverMultistepScheduler
+
+from src import folders
+from src.errors import refused
+from src.scratch.phases import Work
+from src.scratch.settings import ScratchSettings
+from src.scratch.unet import SAMPLING, SCHEDULER
+from src.terminal import Terminal
+
+MAX_BYTES = 40 << 20
+CARD = "card.json"
+PARTS = {"unet": "unet", "vae": "vae", "tokenizer": "tokenizer", "clip": "clip"}  # folder: phase
+INDEX = {
+    "_class_name": "StableDiffusionPipeline", "feature_extractor": [None, None], "image_encoder": [None, None],
+    "requires_safety_checker": False, "safety_checker": [None, None],
+    "scheduler": ["diffusers", "DPMSolverMultistepScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}  # fmt: skip
+
+
+def assemble(work: Work, settings: ScratchSettings, out: Path, terminal: Terminal) -> dict[str, Any]:
+    """Write ``out``, in place of a model that was assembled before; anything else of that name is moved aside.
+
+    Raises UserError: not found for a missing phase, usage for phases that do not fit together, refused above 40 MB.
+    """
+    inputs = work.inputs("assemble")
+    contents: dict[str, bytes] = {}
+    for folder, phase in PARTS.items():
+        result = work.result(phase)
+        for name in result.files:
+            target = f"text_encoder/{name.removeprefix('text/')}" if name.startswith("text/") else f"{folder}/{name}"
+            contents[target] = result.read(name)
+    scheduler = DPMSolverMultistepScheduler(**SCHEDULER, **SAMPLING)
+    contents["scheduler/scheduler_config.json"] = scheduler.to_json_string().encode()
+    contents["model_index.json"] = json.dumps(
+        INDEX | {"_diffusers_version": version("diffusers")}, indent=2, sort_keys=True
+    ).encode()
+    card = make_card(work, inputs)
+    contents[CARD] = json.dumps(card, indent=2).encode() + b"\n"
+    size_bytes = sum(map(len, contents.values()))
+    if size_bytes > MAX_BYTES:
+        raise refused(f"the model would be {size_bytes / 2**20:.1f} MB, the limit is {MAX_BYTES >> 20}; choose fewer channels")
+    folders.make_folder(out.parent)
+    if out.exists() and not (out / CARD).is_file():
+        terminal.say(f"{out}: was not made by this command; it is now {folders.set_aside(out).name}")
+    folders.publish_folder(out, contents)
+    terminal.say(f'{out}: {size_bytes / 2**20:.1f} MB; python main.py "a red star on a white background" --model {out}')
+    return card
+
+
+def make_card(work: Work, inputs: dict[str, str]) -> dict[str, Any]:
+    """Recipe, figures and versions of every phase."""
+    results = {phase: work.result(phase) for phase in inputs}
+    return {
+        "name": "a small Stable Diffusion, from nothing", "license": "MIT",
+        "command": "python -m src.scratch all",
+        "phases": {phase: {part: one.facts[part] for part in ("settings", "figures")} for phase, one in results.items()},
+        "made_with": {name: version(name) for name in ("torch", "diffusers", "transformers")} | {"machine": platform.machine()},
+    }  # fmt: skip

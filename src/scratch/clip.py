@@ -1,0 +1,143 @@
+"""The fourth phase: captions and pictures in one space (Radford et al. 2021, arXiv 2103.00020).
+
+    captions (B, 32) --text tower---> (B, 128) --\\
+                                                  e^t * cosines (B, B): each caption finds its picture, and the other way round
+    pixels (B, 3, 128, 128) --image tower--> (B, 128) --/
+
+The text tower, without its projection, then tells the U-Net what to draw; both together judge pictures.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from src.scenes.grammar import SIZE_PX
+from src.scratch.learning import Lesson, device_of, learn, precision_of
+from src.scratch.phases import Work
+from src.scratch.pictures import read_pictures
+from src.scratch.settings import ClipSettings, ScratchSettings
+from src.scratch.tokenizer import read_tokenizer
+from src.terminal import Terminal
+
+JUDGED = 128  # pictures among which each caption looks for its own
+MAX_SCALE = math.log(100)  # of the temperature, as in the paper
+
+
+def build(settings: ClipSettings, tokenizer: CLIPTokenizer) -> CLIPModel:
+    """Random weights; both towers are equally large."""
+    tower = {
+        "hidden_size": settings.width, "intermediate_size": settings.width * 4, "num_hidden_layers": settings.layers,
+        "num_attention_heads": settings.heads, "projection_dim": settings.projection,
+    }  # fmt: skip
+    text = tower | {
+        "vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length,
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    vision = tower | {"image_size": SIZE_PX, "patch_size": settings.patch_px}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=settings.projection))
+
+
+def contrastive_loss(texts: Tensor, images: Tensor, log_scale: Tensor) -> Tensor:
+    """Symmetric cross-entropy of the scaled cosines of (B, D) and (B, D), whose i-th rows belong together (CLIP, figure 3)."""
+    texts, images = F.normalize(texts.float(), dim=-1), F.normalize(images.float(), dim=-1)
+    logits = log_scale.clamp(max=MAX_SCALE).exp() * texts @ images.t()  # (B, B)
+    own = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.t(), own)) / 2
+
+
+def tokens_of(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    """(B, length) token numbers, filled up with the end token."""
+    return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
+def top1(texts: Tensor, images: Tensor, captions: list[str]) -> tuple[float, float]:
+    """How many captions find their own picture first, and how many could: of identical ones only one can."""
+    nearest = (F.normalize(texts, dim=-1) @ F.normalize(images, dim=-1).t()).argmax(dim=1)
+    found = float((nearest == torch.arange(len(texts), device=texts.device)).float().mean())
+    return found, len(set(captions)) / len(captions)
+
+
+def learn_clip(work: Work, settings: ScratchSettings, terminal: Terminal) -> dict[str, float]:
+    """Learn both towers, and publish them as a `CLIPModel` and, for the pipeline, its text tower."""
+    scenes, device, tokenizer = work.result("scenes"), device_of(settings.machine), read_tokenizer(work)
+    training, judging = read_pictures(scenes, "train"), read_pictures(scenes, "held-out", JUDGED)
+    tokens = tokens_of(tokenizer, training.captions)
+    torch.manual_seed(settings.clip.seed)
+    clip = build(settings.clip, tokenizer).to(device)
+
+    def features(ids: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        output = clip(input_ids=ids.to(device), pixel_values=pixels.to(device))
+        return output.text_embeds, output.image_embeds
+
+    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        random = torch.Generator().manual_seed(settings.clip.seed * 1_000_003 + step)
+        which = torch.randint(len(training), (settings.clip.batch_size,), generator=random)
+        texts, images = features(tokens[which], training.floats(which))
+        return contrastive_loss(texts, images, clip.logit_scale), {"scale": float(clip.logit_scale.detach().exp())}
+
+    def judge() -> tuple[dict[str, float], None]:
+        texts, images = features(tokens_of(tokenizer, judging.captions), judging.floats(slice(None)))
+        found, possible = top1(texts.float(), images.float(), judging.captions)
+        return {f"top1_in_{len(judging)}": found, "possible": possible}, None
+
+    lesson = Lesson("clip", clip, settings.clip, loss, judge, {"inputs": work.inputs("clip")})
+    figures = learn(lesson, work.of("clip"), settings.machine, terminal)
+    figures["parameters"] = sum(item.numel() for item in clip.parameters())
+    work.publish("clip", settings, clip_files(clip), figures)
+    return figures
+
+
+def clip_files(clip: CLIPModel) -> dict[str, bytes]:
+    """``config.json`` and weights of the whole model, what its image processor does, and ``text/``: the text tower alone."""
+    processor = {
+        "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": SIZE_PX},
+        "do_center_crop": True, "crop_size": {"height": SIZE_PX, "width": SIZE_PX}, "do_rescale": True,
+        "do_normalize": True, "do_convert_rgb": True,
+        "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+    }  # fmt: skip
+    text = CLIPTextModel(clip.config.text_config)
+    text.load_state_dict(text_tower_state(clip))
+    contents = {f"text/{name}": data for name, data in transformers_files(text).items()}
+    return {**transformers_files(clip), "preprocessor_config.json": json.dumps(processor, indent=2).encode(), **contents}
+
+
+def text_tower_state(clip: CLIPModel) -> dict[str, Tensor]:
+    """The text tower's tensors under the names of `CLIPTextModel`."""
+    state = clip.text_model.state_dict()
+    wanted = CLIPTextModel(clip.config.text_config).state_dict()
+    prefix = "text_model." if next(iter(wanted)).startswith("text_model.") else ""
+    return {f"{prefix}{name}": tensor for name, tensor in state.items()}
+
+
+def transformers_files(model: torch.nn.Module) -> dict[str, bytes]:
+    """A transformers component's folder, in fp16."""
+    weights = {key: value.detach().cpu().half().contiguous() for key, value in model.state_dict().items()}
+    config = model.config.to_dict() | {"architectures": [type(model).__name__], "dtype": "float16"}
+    return {
+        "config.json": json.dumps(config, indent=2, default=str).encode(),
+        "model.safetensors": safetensors.torch.save(weights, {"format": "pt"}),
+    }
+
+
+def read_text_tower(work: Work) -> CLIPTextModel:
+    """The published text tower, in fp32."""
+    return CLIPTextModel.from_pretrained(work.result("clip").folder / "text", dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def embed(text: CLIPTextModel, tokenizer: CLIPTokenizer, captions: list[str], settings: ScratchSettings) -> Tensor:
+    """What the U-Net reads of captions, (B, 32, width) in bf16."""
+    device = text.device
+    parts = []
+    for start in range(0, len(captions), 256):
+        ids = tokens_of(tokenizer, captions[start : start + 256]).to(device)
+        with precision_of(settings.machine, device):
+            parts.append(text(ids).last_hidden_state.bfloat16())
+    return torch.cat(parts)

@@ -1,0 +1,87 @@
+"""What the phases leave on the disk for each other: ``WORK/<phase>/final``, whole, with what it was made from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from src import folders
+from src.checkpoints import MANIFEST, Checkpoint, CheckpointFolder, read_manifest
+from src.errors import UserError, not_found, usage_error
+from src.scratch.settings import PHASES, ScratchSettings
+
+NEEDS = {
+    "scenes": (), "tokenizer": ("scenes",), "vae": ("scenes",), "clip": ("scenes", "tokenizer"),
+    "unet": ("scenes", "tokenizer", "vae", "clip"), "assemble": ("scenes", "tokenizer", "vae", "clip", "unet"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Work:
+    """The folder of one model in the making."""
+
+    folder: Path
+    say: Callable[[str], None]
+
+    def of(self, phase: str) -> Path:
+        return self.folder / phase
+
+    def result(self, phase: str) -> Checkpoint:
+        """What a phase has published. Raises UserError (not found) if it has not, (refused) if it is damaged."""
+        final = self.of(phase) / "final"
+        if not final.exists():
+            raise not_found(f"{self.folder}: has no {phase} yet; run python -m src.scratch {phase} --work {self.folder}")
+        return read_manifest(final)
+
+    def inputs(self, phase: str) -> dict[str, str]:
+        """The identity of everything that a phase builds on, which must fit together.
+
+        Raises UserError (usage) when one of them was made from another version of a third.
+        """
+        found = {need: self.result(need) for need in NEEDS[phase]}
+        known = {need: identity(result) for need, result in found.items()}
+        for need, result in found.items():
+            for below, made_from in result.facts["inputs"].items():
+                if below in known and known[below] != made_from:
+                    raise usage_error(
+                        f"{self.of(need)}: was made from another {below} than is there now; run python -m src.scratch {need} "
+                        f"--restart --work {self.folder}"
+                    )
+        return known
+
+    def is_done(self, phase: str, settings: ScratchSettings) -> bool:
+        """Whether the result is there, from these settings and from the inputs as they are."""
+        try:
+            facts = self.result(phase).facts
+            return facts["settings"] == _plain(settings, phase) and facts["inputs"] == self.inputs(phase)
+        except UserError:
+            return False
+
+    def publish(self, phase: str, settings: ScratchSettings, contents: Mapping[str, bytes], figures: Mapping[str, Any]) -> Path:
+        """Write the result of a phase, in place of an older one."""
+        facts = {"settings": _plain(settings, phase), "inputs": self.inputs(phase), "figures": dict(figures)}
+        return CheckpointFolder(self.of(phase), self.say).publish("final", contents, facts)
+
+    def restart(self, phase: str) -> None:
+        """Forget a phase, checkpoints and all; what came after it no longer fits and is refused by name."""
+        if self.of(phase).is_dir():
+            folders.remove_folder(self.of(phase))
+
+
+def identity(result: Checkpoint) -> str:
+    """A hash of all that a published folder holds."""
+    return hashlib.sha256((result.folder / MANIFEST).read_bytes()).hexdigest()[:16]
+
+
+def following(phase: str) -> Sequence[str]:
+    """The phases from this one on."""
+    return PHASES[PHASES.index(phase) :]
+
+
+def _plain(settings: ScratchSettings, phase: str) -> dict[str, Any]:
+    """A phase's settings as JSON gives them back."""
+    section = asdict(getattr(settings, phase)) if hasattr(settings, phase) else {}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in section.items()}

@@ -1,0 +1,98 @@
+"""The first phase: scenes are drawn once and kept, as PNG with their captions; the others read them as tensors."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from src.checkpoints import Checkpoint
+from src.scenes.drawing import draw
+from src.scenes.grammar import SIZE_PX, Scene, scenes
+from src.scratch.phases import Work
+from src.scratch.settings import ScratchSettings
+from src.terminal import Terminal
+
+SHARD = 1000  # scenes that are drawn and kept together
+PROCESSES = 2
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Scenes of one split. ``pixels`` (N, 3, 128, 128) uint8, channels last in memory."""
+
+    scenes: list[Scene]
+    pixels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    @property
+    def captions(self) -> list[str]:
+        return [scene.caption for scene in self.scenes]
+
+    def floats(self, indices: Tensor | slice) -> Tensor:
+        """Some of them as (B, 3, 128, 128) float32 in [-1, 1], as VAEs want them."""
+        return self.pixels[indices].float() / 127.5 - 1
+
+
+def draw_scenes(work: Work, settings: ScratchSettings, terminal: Terminal) -> dict[str, float]:
+    """Draw the scenes of training and those that judge, and publish them."""
+    counts = {"train": settings.scenes.count, "held-out": settings.scenes.held_out}
+    jobs = [
+        (settings.scenes.seed * 1_000_000 + start, split, min(SHARD, count - start))
+        for split, count in counts.items()
+        for start in range(0, count, SHARD)
+    ]
+    contents: dict[str, bytes] = {}
+    captions: set[str] = set()
+    terminal.start_progress(sum(counts.values()))
+    done = 0
+    # "spawn": a forked child would hold this process's threads, and wait for them forever.
+    with ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn")) as pool:
+        for (seed, split, count), (data, pngs) in zip(jobs, pool.map(_draw_shard, jobs)):
+            stem = f"{split}-{seed % 1_000_000:07d}"
+            contents |= {f"{stem}.json": data, f"{stem}.png-s": pngs}
+            captions.update(entry["scene"]["caption"] for entry in json.loads(data))
+            done += count
+            terminal.progress(done, f"scenes  {stem}")
+    terminal.end_progress()
+    figures = {"distinct_captions": len(captions)}
+    work.publish("scenes", settings, contents, figures)
+    return figures
+
+
+def read_pictures(result: Checkpoint, split: str, limit: int | None = None) -> Pictures:
+    """The published scenes of a split, or the first ``limit`` of them. Raises UserError (refused) for a damaged file."""
+    found: list[Scene] = []
+    arrays: list[np.ndarray] = []
+    for name in sorted(name for name in result.files if name.startswith(split) and name.endswith(".json")):
+        pngs, start = result.read(name.removesuffix("json") + "png-s"), 0
+        for entry in json.loads(result.read(name)):
+            if limit is not None and len(found) == limit:
+                break
+            found.append(Scene.from_dict(entry["scene"]))
+            arrays.append(np.asarray(Image.open(io.BytesIO(pngs[start : start + entry["bytes"]]))))
+            start += entry["bytes"]
+    pixels = torch.from_numpy(np.stack(arrays)) if arrays else torch.empty(0, SIZE_PX, SIZE_PX, 3, dtype=torch.uint8)
+    return Pictures(found, pixels.permute(0, 3, 1, 2))
+
+
+def _draw_shard(job: tuple[int, str, int]) -> tuple[bytes, bytes]:
+    """JSON of the scenes, each with the size of its PNG, and the PNGs one after the other."""
+    seed, split, count = job
+    entries, pngs = [], []
+    for scene in islice(scenes(seed, split), count):
+        file = io.BytesIO()
+        draw(scene).save(file, "PNG", compress_level=1)
+        pngs.append(file.getvalue())
+        entries.append({"scene": scene.as_dict(), "bytes": len(pngs[-1])})
+    return json.dumps(entries, separators=(",", ":")).encode(), b"".join(pngs)

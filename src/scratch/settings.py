@@ -1,0 +1,149 @@
+"""The settings of the phases. The defaults are the recipe of the model that ships, ``configs/scratch/quick.yaml`` the lesson's.
+
+Precedence: default < ``--config`` (YAML) < ``--set``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+
+from src.errors import usage_error
+
+PHASES = ("scenes", "tokenizer", "vae", "clip", "unet", "assemble")
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+@dataclass(slots=True)
+class ScenesSettings:
+    """The pictures that all phases learn from."""
+
+    count: int = 40_000
+    held_out: int = 512  # of those that only judge
+    seed: int = 0
+
+
+@dataclass(slots=True)
+class TokenizerSettings:
+    """Byte-level BPE: 512 symbols for the bytes, then one token for each frequent word."""
+
+    merges: int = 400
+    length: int = 32  # tokens of a caption, begin and end included
+
+
+@dataclass(slots=True)
+class VaeSettings:
+    """AutoencoderKL: a picture of 128 x 128 becomes 16 x 16 latents of 4 channels."""
+
+    channels: tuple[int, ...] = (32, 64, 128, 128)
+    layers: int = 1
+    latent_channels: int = 4
+    crop_px: int = 64
+    l1_weight: float = 0.2  # beside the squared error: sharper edges
+    kl_weight: float = 2e-5
+    steps: int = 6000
+    batch_size: int = 24
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.998
+    validation_steps: int = 500
+    checkpoint_steps: int = 500
+    seed: int = 1
+
+
+@dataclass(slots=True)
+class ClipSettings:
+    """A transformer for captions and one for pictures, brought to the same space."""
+
+    width: int = 192
+    layers: int = 4
+    heads: int = 6
+    patch_px: int = 16
+    projection: int = 128
+    steps: int = 1500
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.05
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.99
+    validation_steps: int = 250
+    checkpoint_steps: int = 250
+    seed: int = 2
+
+
+@dataclass(slots=True)
+class UnetSettings:
+    """UNet2DConditionModel: predicts the noise in latents, told the timestep and the caption."""
+
+    channels: tuple[int, ...] = (128, 256)
+    layers: int = 1
+    head_width: int = 32
+    caption_dropout: float = 0.1  # what guidance needs: some captions are empty
+    snr_gamma: float = 5.0
+    steps: int = 16_000
+    batch_size: int = 64
+    learning_rate: float = 5e-4
+    warmup_steps: int = 300
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.999
+    validation_steps: int = 1000
+    checkpoint_steps: int = 500
+    seed: int = 3
+
+
+@dataclass(slots=True)
+class MachineSettings:
+    """What changes how long it takes, not what is learnt."""
+
+    device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
+    precision: str = "auto"  # auto | fp32 | bf16
+    compile: bool = False  # torch.compile: minutes at the start, then faster steps; needs a C++ compiler
+
+
+@dataclass(slots=True)
+class ScratchSettings:
+    """All phases, and the machine."""
+
+    scenes: ScenesSettings = field(default_factory=ScenesSettings)
+    tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
+    vae: VaeSettings = field(default_factory=VaeSettings)
+    clip: ClipSettings = field(default_factory=ClipSettings)
+    unet: UnetSettings = field(default_factory=UnetSettings)
+    machine: MachineSettings = field(default_factory=MachineSettings)
+
+
+def check(settings: ScratchSettings) -> None:
+    """Refuse numbers that cannot work, before anything is drawn or loaded. Raises UserError (usage)."""
+    for section in fields(settings):
+        part = getattr(settings, section.name)
+        for item in fields(part):
+            value, name = getattr(part, item.name), f"{section.name}.{item.name}"
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                low, high = _range(item.name)
+                if not (math.isfinite(value) and low <= value <= high):
+                    raise usage_error(f"{name} {value:g} is outside {low:g} to {high:g}")
+    if settings.machine.precision not in PRECISIONS:
+        raise usage_error(f"machine.precision '{settings.machine.precision}' is not known; choose {', '.join(PRECISIONS)}")
+    scale = 2 ** (len(settings.vae.channels) - 1)
+    if settings.vae.crop_px % scale or not scale <= settings.vae.crop_px <= 128:
+        raise usage_error(f"vae.crop_px {settings.vae.crop_px} is no multiple of {scale} up to 128")
+    if settings.clip.width % settings.clip.heads:
+        raise usage_error(f"clip.width {settings.clip.width} is no multiple of clip.heads {settings.clip.heads}")
+    if 128 % settings.clip.patch_px:
+        raise usage_error(f"clip.patch_px {settings.clip.patch_px} does not divide 128")
+    for name in ("vae", "unet"):
+        if any(channels % 16 for channels in getattr(settings, name).channels):
+            raise usage_error(f"{name}.channels {list(getattr(settings, name).channels)}: each is a multiple of 16")
+
+
+def _range(name: str) -> tuple[float, float]:
+    special: dict[str, tuple[float, float]] = {
+        "caption_dropout": (0, 0.9), "ema_decay": (0, 0.99999), "learning_rate": (1e-7, 1), "seed": (0, 2**31),
+        "l1_weight": (0, 100), "kl_weight": (0, 10), "weight_decay": (0, 10), "max_grad_norm": (1e-3, 1e6),
+        "warmup_steps": (0, 1e6), "snr_gamma": (1e-3, 1e6), "merges": (0, 40_000), "length": (8, 77), "held_out": (32, 100_000),
+    }  # fmt: skip
+    return special.get(name, (1, 10_000_000))

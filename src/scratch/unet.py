@@ -1,0 +1,172 @@
+"""The fifth phase: a network that tells noise from picture, guided by the caption (Ho et al. 2020; Rombach et al. 2022).
+
+    x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e          latents x_0 (B, 4, 16, 16), noise e of the same shape, t in 0 .. 999
+    loss = w_t |e - e'(x_t, t, caption)|^2         w_t: min-SNR (Hang et al. 2023); the caption is empty one time in ten
+
+The VAE and the text tower are frozen: latents and embeddings are computed once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import safetensors.torch
+import torch
+from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from PIL import Image
+from torch import Tensor
+
+from src import diffusion
+from src.checkpoints import CheckpointFolder, read_manifest
+from src.cpu_kernels import CpuAttention, is_plain
+from src.diffusion import NoiseSchedule
+from src.errors import UserError
+from src.scratch import clip, vae
+from src.scratch.learning import Lesson, device_of, learn, precision_of
+from src.scratch.phases import Work
+from src.scratch.pictures import read_pictures
+from src.scratch.settings import ScratchSettings, UnetSettings
+from src.scratch.tokenizer import read_tokenizer
+from src.terminal import Terminal
+
+SCHEDULER = {
+    "num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
+    "prediction_type": "epsilon",
+}  # fmt: skip
+SAMPLING = {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": True}
+JUDGED, SHOWN, SHOWN_STEPS, GUIDANCE = 256, 24, 20, 5.0
+
+
+@dataclass
+class Material:
+    """What the U-Net learns from: latents of deviation 1, embeddings of each distinct caption, and whose is whose."""
+
+    latents: Tensor  # (N, 4, 16, 16)
+    embeddings: Tensor  # (captions + 1, length, width) bf16; the last is that of the empty caption
+    caption_of: Tensor  # (N,)
+
+
+def build(settings: UnetSettings, text_width: int, latents: tuple[int, int]) -> UNet2DConditionModel:
+    """Random weights for latents of (channels, side); attention to pixels and caption at every level."""
+    levels = len(settings.channels)
+    channels, side = latents
+    return UNet2DConditionModel(
+        sample_size=side, in_channels=channels, out_channels=channels, block_out_channels=settings.channels,
+        down_block_types=("CrossAttnDownBlock2D",) * levels, up_block_types=("CrossAttnUpBlock2D",) * levels,
+        layers_per_block=settings.layers, cross_attention_dim=text_width, norm_num_groups=16,
+        attention_head_dim=tuple(width // settings.head_width for width in settings.channels),  # the number of heads, in truth
+    )  # fmt: skip
+
+
+def learn_unet(work: Work, settings: ScratchSettings, terminal: Terminal) -> dict[str, float]:
+    """Learn to predict noise, and publish a diffusers folder."""
+    inputs, device = work.inputs("unet"), device_of(settings.machine)
+    autoencoder = vae.read_vae(work).to(device, memory_format=torch.channels_last)
+    training = gather(work, settings, "train", autoencoder, terminal)
+    judging = gather(work, settings, "held-out", autoencoder, terminal)
+    torch.manual_seed(settings.unet.seed)
+    unet = build(settings.unet, training.embeddings.shape[-1], (training.latents.shape[1], training.latents.shape[-1]))
+    unet = unet.to(device, memory_format=torch.channels_last)
+    if device.type == "cpu":
+        for module in unet.modules():
+            if isinstance(module, Attention) and is_plain(module):
+                module.set_processor(CpuAttention())
+    step_model = torch.compile(unet) if settings.machine.compile else unet
+    schedule = NoiseSchedule.from_config(SCHEDULER).to(device)
+
+    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        random = torch.Generator().manual_seed(settings.unet.seed * 1_000_003 + step)
+        which = torch.randint(len(training.latents), (settings.unet.batch_size,), generator=random)
+        is_dropped = torch.rand(settings.unet.batch_size, generator=random) < settings.unet.caption_dropout
+        return loss_of(step_model, training, which, is_dropped, random, schedule, settings.unet, device), {}
+
+    def judge() -> tuple[dict[str, float], Image.Image]:
+        random = torch.Generator().manual_seed(0)  # always the same noise at the same timesteps
+        which, none = torch.arange(min(JUDGED, len(judging.latents))), torch.zeros(JUDGED, dtype=torch.bool)
+        losses = [
+            loss_of(unet, judging, part, none[: len(part)], random, schedule, settings.unet, device) * len(part)
+            for part in which.split(64)
+        ]
+        pictures = sample(unet, autoencoder, judging, SHOWN, settings, device)
+        return {"held_out_loss": float(sum(losses)) / len(which)}, vae.strip(*pictures.split(8))
+
+    lesson = Lesson("unet", unet, settings.unet, loss, judge, {"inputs": inputs})
+    figures = learn(lesson, work.of("unet"), settings.machine, terminal)
+    figures["parameters"] = sum(item.numel() for item in unet.parameters())
+    work.publish("unet", settings, vae.model_files(unet), figures)
+    return figures
+
+
+def loss_of(
+    unet: torch.nn.Module, material: Material, which: Tensor, is_dropped: Tensor, random: torch.Generator,
+    schedule: NoiseSchedule, settings: UnetSettings, device: torch.device,
+) -> Tensor:  # fmt: skip
+    """The mean loss of some examples, each at a timestep of its own."""
+    latents = material.latents[which].to(device)  # (B, 4, 16, 16)
+    noise = torch.randn(latents.shape, generator=random).to(device)
+    timesteps = torch.randint(schedule.timesteps, (len(which),), generator=random).to(device)
+    empty = len(material.embeddings) - 1
+    caption = material.caption_of[which].masked_fill(is_dropped, empty)
+    noisy = diffusion.add_noise(schedule, latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
+    predicted = unet(noisy, timesteps, material.embeddings[caption].to(device), return_dict=False)[0]
+    weights = diffusion.loss_weights(schedule, timesteps, settings.snr_gamma)
+    return diffusion.weighted_loss(predicted, diffusion.target(schedule, latents, noise, timesteps), weights).mean()
+
+
+def gather(work: Work, settings: ScratchSettings, split: str, autoencoder: torch.nn.Module, terminal: Terminal) -> Material:
+    """Latents, which are kept on the disk, and embeddings of a split. ``autoencoder`` is the published VAE."""
+    inputs, kept = work.inputs("unet"), work.of("unet") / f"latents-{split}"
+    pictures = read_pictures(work.result("scenes"), split)
+    try:
+        held = read_manifest(kept)
+        is_right = held.facts == {"vae": inputs["vae"], "scenes": inputs["scenes"]}
+        latents = safetensors.torch.load(held.read("latents.safetensors"))["latents"] if is_right else None
+    except UserError:
+        latents = None
+    if latents is None:
+        latents = _encode(autoencoder, pictures.pixels, settings, terminal)
+        contents = {"latents.safetensors": safetensors.torch.save({"latents": latents})}
+        store = CheckpointFolder(work.of("unet"), terminal.say)
+        store.publish(kept.name, contents, {"vae": inputs["vae"], "scenes": inputs["scenes"]})
+    distinct = sorted(set(pictures.captions))
+    number = {caption: index for index, caption in enumerate(distinct)}
+    text = clip.read_text_tower(work).to(device_of(settings.machine))
+    embeddings = clip.embed(text, read_tokenizer(work), [*distinct, ""], settings)
+    caption_of = torch.tensor([number[caption] for caption in pictures.captions])
+    return Material(latents.float() * autoencoder.config.scaling_factor, embeddings, caption_of)
+
+
+@torch.no_grad()
+def _encode(autoencoder: torch.nn.Module, pixels: Tensor, settings: ScratchSettings, terminal: Terminal) -> Tensor:
+    """(N, 4, 16, 16) in fp16."""
+    device, parts = autoencoder.device, []
+    terminal.start_progress(len(pixels))
+    for part in pixels.split(64):
+        with precision_of(settings.machine, device):
+            parts.append(vae.encode(autoencoder, part.to(device).float() / 127.5 - 1).cpu().half())
+        terminal.progress(64 * len(parts), "unet    encoding")
+    terminal.end_progress()
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def sample(
+    unet: UNet2DConditionModel, autoencoder: torch.nn.Module, material: Material, count: int, settings: ScratchSettings,
+    device: torch.device,
+) -> Tensor:  # fmt: skip
+    """Pictures (count, 3, 128, 128) in [-1, 1] of the first captions, by the sampler that ships, always from the same noise."""
+    scheduler = DPMSolverMultistepScheduler(**SCHEDULER, **SAMPLING)
+    scheduler.set_timesteps(SHOWN_STEPS, device=device)
+    latents = torch.randn((count, *material.latents.shape[1:]), generator=torch.Generator().manual_seed(1)).to(device)
+    latents = latents * scheduler.init_noise_sigma
+    text = material.embeddings[material.caption_of[:count]]
+    both = torch.cat([material.embeddings[-1:].expand_as(text), text]).to(device)
+    for timestep in scheduler.timesteps:
+        inputs = scheduler.scale_model_input(torch.cat([latents, latents]), timestep)
+        with precision_of(settings.machine, device):
+            empty, told = unet(inputs, timestep, both, return_dict=False)[0].float().chunk(2)
+        latents = scheduler.step(empty + GUIDANCE * (told - empty), timestep, latents, return_dict=False)[0]
+    with precision_of(settings.machine, device):
+        parts = (latents / autoencoder.config.scaling_factor).split(16)
+        return torch.cat([autoencoder.decode(part).sample.float().clamp(-1, 1).cpu() for part in parts])
