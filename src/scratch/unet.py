@@ -32,7 +32,7 @@ from src.terminal import Terminal
 
 SCHEDULER = {
     "num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
-    "prediction_type": "epsilon",
+    "prediction_type": "epsilon", "steps_offset": 1,
 }  # fmt: skip
 SAMPLING = {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": True}
 JUDGED, SHOWN, SHOWN_STEPS, GUIDANCE = 256, 24, 20, 5.0
@@ -109,7 +109,7 @@ def loss_of(
     empty = len(material.embeddings) - 1
     caption = material.caption_of[which].masked_fill(is_dropped, empty)
     noisy = diffusion.add_noise(schedule, latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
-    predicted = unet(noisy, timesteps, material.embeddings[caption].to(device), return_dict=False)[0]
+    predicted = unet(noisy, timesteps, material.embeddings[caption].to(device).float(), return_dict=False)[0]
     weights = diffusion.loss_weights(schedule, timesteps, settings.snr_gamma)
     return diffusion.weighted_loss(predicted, diffusion.target(schedule, latents, noise, timesteps), weights).mean()
 
@@ -161,7 +161,7 @@ def sample(
     latents = torch.randn((count, *material.latents.shape[1:]), generator=torch.Generator().manual_seed(1)).to(device)
     latents = latents * scheduler.init_noise_sigma
     text = material.embeddings[material.caption_of[:count]]
-    both = torch.cat([material.embeddings[-1:].expand_as(text), text]).to(device)
+    both = torch.cat([material.embeddings[-1:].expand_as(text), text]).to(device).float()
     for timestep in scheduler.timesteps:
         inputs = scheduler.scale_model_input(torch.cat([latents, latents]), timestep)
         with precision_of(settings.machine, device):

@@ -114,7 +114,7 @@ def encode(vae: AutoencoderKL, pixels: Tensor, batch_size: int = 32) -> Tensor:
     parts = [
         vae.encode(part.contiguous(memory_format=torch.channels_last)).latent_dist.mean for part in pixels.split(batch_size)
     ]
-    return torch.cat(parts).float()
+    return torch.cat(parts).float().contiguous()
 
 
 def reconstruct(vae: AutoencoderKL, pixels: Tensor, batch_size: int = 16) -> Tensor:
