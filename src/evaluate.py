@@ -57,15 +57,17 @@ def _run(argv: Sequence[str], terminal: Terminal) -> int:
 def build_parser(verb: str, module: ModuleType) -> _Parser:
     """The flags of a verb: those of every verb, then its own, which may say one of them anew."""
     parser = _Parser(
-        prog=f"{PROG} {verb}", description=f"{module.SUMMARY}.", epilog=EXIT_CODES, add_help=False, allow_abbrev=False,
-        conflict_handler="resolve", formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=118),
+        prog=f"{PROG} {verb}", usage=f"{PROG} {verb} [options]", description=module.SUMMARY, epilog=EXIT_CODES,
+        add_help=False, allow_abbrev=False, conflict_handler="resolve",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=118),
     )  # fmt: skip
-    parser.add_argument(
+    every = parser.add_argument_group("every verb")
+    every.add_argument(
         "--output", metavar="DIR", default=f"outputs/evaluation/{verb}",
         help="where result.json and report.html go (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_argument("--help", "-h", action=_Help, help="print this")
+    every.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    every.add_argument("--help", "-h", action=_Help, help="print this")
     module.add_arguments(parser)
     return parser
 

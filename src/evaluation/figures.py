@@ -107,7 +107,7 @@ def _kernel(seen: Seen, name: str, seed: int) -> Figure:
 def _cmmd(seen: Seen) -> Figure:
     measure, note = partial(metrics.cmmd, seen.real, seen.generated), ""
     if 2 <= seen.fewer < FEW_PICTURES:
-        note = f"{measure() - measure(with_itself=False):.3g} of it is bias of this sample size"
+        note = f"biased upwards by about {measure() - measure(with_itself=False):.2g} at this number of pictures"
     return _measured("cmmd", "CMMD", seen, LOWER, 2, measure, note=note)
 
 

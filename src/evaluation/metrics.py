@@ -169,7 +169,8 @@ def nearest(queries: np.ndarray, references: np.ndarray, count: int = 1) -> tupl
 def closeness(real: np.ndarray, generated: np.ndarray) -> np.ndarray:
     """(M,): how far each generated picture is from its nearest real one, by how far that one is from its own nearest.
 
-    0 is a copy; the share above 1 is the authenticity of Alaa et al. 2022 (arXiv 2102.08921). At least two real rows.
+    0 is a copy; the share above 1 is the authenticity of Alaa et al. 2022 (arXiv 2102.08921), which of equal distributions
+    is about 0.4 in 2 dimensions and 0.85 in 512. At least two real rows.
     """
     real, generated = _pair(real, generated, 1)
     own = np.sqrt(_squared_radii(_matrix(real, 2), 1))

@@ -27,7 +27,8 @@ Distances (CMMD; FID or Fréchet distance; KID or kernel distance): 0 is no diff
 Gaussian to each side and is biased upwards, the more the fewer the pictures. The kernel distance is unbiased, and CMMD \
 needs few pictures: of a small sample believe those two. Precision and density: do the generated pictures look like real \
 ones? Recall and coverage: is all that is real among the generated? Authenticity: the share of generated pictures that are \
-no copies, by the neighbours below. CLIP score: 100 times the cosine of picture and prompt.
+no copies, by the neighbours below; what is usual depends on the features, so compare it between models. CLIP score: 100 \
+times the cosine of picture and prompt. Behind ± stands the deviation over subsets, splits or, of the CLIP score, pictures.
 Figures can be compared where the features, the number of pictures and the real pictures are the same, and not otherwise. \
 The real pictures must be ones that the model has not learnt: of what it has learnt by heart every figure here is perfect."""
 _ON_COPIES = """\
