@@ -86,7 +86,7 @@ def test_what_is_no_clip_is_refused_in_a_line(clip_folder, tmp_path) -> None:
 
 def test_numbers_that_are_not_finite_are_refused(paths) -> None:
     def broken(pictures):
-        return {"features": torch.full((len(pictures), 3), float("nan"))}
+        return {"features": torch.zeros(len(pictures), 3), "logits": torch.full((len(pictures), 3), float("nan"))}
 
     with pytest.raises(UserError, match="not finite"):
         extract(broken, paths, Terminal(), "broken")

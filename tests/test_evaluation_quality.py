@@ -113,6 +113,7 @@ def test_the_report_is_one_offline_file(folders, clip_folder) -> None:
     assert page.count("<img") == 20 + 12 + 8 * 4
     assert "a red circle 3" in page
     assert "biased upwards by about" in page
+    assert page.count('<tr class="marked">') == 1  # the copy
     assert str(folders[0]) not in page
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 SHOWN = 24  # pictures of each side
 SUSPECTS, NEIGHBOURS = 8, 3
 _PICTURE_PX, _SUSPECT_PX = 128, 192
+_NEAR_COPY = 0.1  # of closeness: marked
 
 _ON_FIGURES = """\
 Distances (CMMD; FID or Fréchet distance; KID or kernel distance): 0 is no difference that the features can see. FID fits a \
@@ -28,13 +29,14 @@ Gaussian to each side and is biased upwards, the more the fewer the pictures. Th
 needs few pictures: of a small sample believe those two. Precision and density: do the generated pictures look like real \
 ones? Recall and coverage: is all that is real among the generated? Authenticity: the share of generated pictures that are \
 no copies, by the neighbours below; what is usual depends on the features, so compare it between models. CLIP score: 100 \
-times the cosine of picture and prompt. Behind ± stands the deviation over subsets, splits or, of the CLIP score, pictures.
+times the cosine of picture and prompt. After ± stands the deviation over subsets, splits or, of the CLIP score, pictures.
 Figures can be compared where the features, the number of pictures and the real pictures are the same, and not otherwise. \
 The real pictures must be ones that the model has not learnt: of what it has learnt by heart every figure here is perfect."""
 _ON_COPIES = """\
 The generated pictures that are nearest to a real one, each beside its nearest real pictures. Closeness: its distance by \
-that of the real picture to its own nearest real one; 0 is the same picture, below 1 it is nearer than real pictures are \
-to each other. Where the real pictures are those that were learnt, this is the check for learning by heart."""
+that of the real picture to its own nearest real one. 0 is the same picture, below a tenth (marked) nearly the same, below \
+1 it is nearer than real pictures are to each other. Where the real pictures are those that were learnt, this is the check \
+for learning by heart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +124,7 @@ def _suspects(comparison: Comparison, suspects: Sequence[Copy]) -> str:
         cells += [_thumbnail(real[index], f"{far:.4g}") for index, far in zip(copy.real, copy.distances)]
         ratio = "twice among the real" if copy.closeness is None else f"{copy.closeness:.3g}"
         rows.append([ratio, *cells, *[None] * (len(columns) - 1 - len(cells))])
-    marked = [index for index, copy in enumerate(suspects) if copy.closeness is not None and copy.closeness < 1]
+    marked = [index for index, copy in enumerate(suspects) if copy.closeness is not None and copy.closeness < _NEAR_COPY]
     return report.table(columns, rows, marked=marked)
 
 
