@@ -21,9 +21,9 @@ HEAVY = [
     "scenes", "quantization", "native", "cpu_kernels", "cpu_memory", "cpu_layers", "optimizations", "model_weights", "base_models", "conditioning",
     "guidance_interval", "step_cache", "token_merging", "denoising", "lora", "memory_ladder",
     "drawn_recipe", "generator", "report", "preparation",
-    "diffusion", "training", "example_subject", "scratch",
+    "diffusion", "training", "example_subject", "evaluation", "scratch",
 ]  # fmt: skip
-DOORS = ["cli", "prepare_dataset", "train_lora", "bench"]
+DOORS = ["cli", "prepare_dataset", "train_lora", "evaluate", "bench"]
 ORDER = [*LIGHT, *HEAVY, *DOORS]
 HEAVY_PACKAGES = {"torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy", "scipy", "xformers"}
 # Imported lazily on purpose, where the arrow points down: config reads YAML only when there is a file; the door opens its room.

@@ -103,6 +103,10 @@ def test_mistakes_cost_no_import(run_door, arguments: list[str], code: int, expe
         ("src.prepare_dataset", ["--sizee", "3"], 2, "did you mean --size"),
         ("src.lora", ["--help"], 0, "resize"),
         ("src.lora", ["inform", "x.safetensors"], 2, "is no command"),
+        ("src.evaluate", ["--help"], 0, "quality"),
+        ("src.evaluate", ["quality", "--help"], 0, "--inception"),
+        ("src.evaluate", ["quality", "--reel", "x"], 2, "did you mean --real?"),
+        ("src.evaluate", ["quality", "--real", "nowhere", "--generated", "x"], 4, "nowhere: no such folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

@@ -9,28 +9,13 @@ import numpy
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+from transformers import CLIPImageProcessor, CLIPModel
 
 from src.training import scores
 from src.training.history import History
 from src.training.scores import Best, Clip, Score, Scorer, balance, choose_best, find_clip, load_clip, without_trigger
 from tests.tiny import pipelines
-
-
-def save_clip(folder: Path, seed: int = 0, image_px: int = 32) -> Path:
-    """A tiny random CLIP with both towers, as transformers saves it."""
-    torch.manual_seed(seed)
-    text = {
-        "vocab_size": 676, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "max_position_embeddings": 77, "bos_token_id": 674, "eos_token_id": 675, "pad_token_id": 675,
-    }  # fmt: skip
-    vision = {
-        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": image_px,
-        "patch_size": 8,
-    }  # fmt: skip
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
-    pipelines.tokenizer().save_pretrained(folder)
-    return folder
+from tests.tiny.clips import save_clip
 
 
 @pytest.fixture(scope="module")

@@ -39,6 +39,7 @@ KNOWN_CLIPS = (
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's training pictures
 _LEAST_COSINE = 0.01  # a cosine below is taken for this: ratios need positive numbers
 MAX_PHOTOS = 64
+_BATCH = 16  # pictures at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +59,9 @@ class Best:
 
 
 class Clip:
-    """A CLIP with both towers, on the CPU: a few pictures at a checkpoint are not worth its memory on a card."""
+    """A CLIP with both towers, in fp32. A few pictures at a checkpoint are not worth its memory on a card: so on the CPU."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
         """Load a folder in the layout of transformers. Raises ValueError, and whatever the loaders raise."""
         with torch.random.fork_rng([]):
             self._model, info = transformers.CLIPModel.from_pretrained(
@@ -68,30 +69,41 @@ class Clip:
             )
         if info["missing_keys"]:
             raise ValueError(f"{len(info['missing_keys'])} tensors are missing")
-        self._model.eval()
+        self._model.eval().to(device)
+        self._device = device
         self._tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         config = self._model.config
         self._size_px = config.vision_config.image_size
         self._window = min(self._tokenizer.model_max_length, config.text_config.max_position_embeddings)
         self._mean, self._std = _normalisation(folder / "preprocessor_config.json")
 
+    @property
+    def dimensions(self) -> int:
+        """D of both towers' features."""
+        return self._model.config.projection_dim
+
     @torch.no_grad()
     def picture_features(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """RGB pictures -> unit vectors (N, D)."""
+        """RGB pictures -> unit vectors (N, D), on the CPU."""
         if not pictures:
-            return torch.zeros(0, self._model.config.projection_dim)
-        features = [
-            self._model.visual_projection(self._model.vision_model(self._pixels(item)).pooler_output) for item in pictures
-        ]
-        return torch.nn.functional.normalize(torch.cat(features), dim=-1)
+            return torch.zeros(0, self.dimensions)
+        features = []
+        for start in range(0, len(pictures), _BATCH):
+            pixels = torch.cat([self._pixels(item) for item in pictures[start : start + _BATCH]]).to(self._device)
+            features.append(self._model.visual_projection(self._model.vision_model(pixels).pooler_output))
+        return torch.nn.functional.normalize(torch.cat(features), dim=-1).cpu()
 
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> Tensor:
-        """Texts -> unit vectors (N, D); what does not fit into CLIP's window is cut off."""
+        """Texts -> unit vectors (N, D), on the CPU; what does not fit into CLIP's window is cut off."""
         options = {"truncation": True, "max_length": self._window, "return_tensors": "pt"}
-        ids = [self._tokenizer(text, **options).input_ids for text in texts]
+        ids = [self._tokenizer(text, **options).input_ids.to(self._device) for text in texts]
         features = [self._model.text_projection(self._model.text_model(item).pooler_output) for item in ids]
-        return torch.nn.functional.normalize(torch.cat(features), dim=-1)
+        return torch.nn.functional.normalize(torch.cat(features), dim=-1).cpu()
+
+    def is_cut(self, text: str) -> bool:
+        """Whether a text is longer than CLIP's window."""
+        return len(self._tokenizer(text).input_ids) > self._window
 
     def _pixels(self, picture: Image.Image) -> Tensor:
         """The shorter side to CLIP's size, bicubic, and the middle cut out, as CLIP learnt: (1, 3, S, S)."""
@@ -136,9 +148,9 @@ def find_clip(model_id: str, cache: Path) -> Path | None:
     The embedded model draws what no photo shows; only the CLIP that learnt with it can judge that.
     """
     if model_id == "embedded":
-        return EMBEDDED / "clip" if _has_both_towers(EMBEDDED / "clip") else None
+        return EMBEDDED / "clip" if has_both_towers(EMBEDDED / "clip") else None
     known = [cached_snapshot(name, store) for name in KNOWN_CLIPS for store in (cache, user_cache())]
-    return next((folder for folder in [cache / "clip", *known] if folder is not None and _has_both_towers(folder)), None)
+    return next((folder for folder in [cache / "clip", *known] if folder is not None and has_both_towers(folder)), None)
 
 
 def load_clip(model_id: str, cache: Path, say: Callable[[str], None]) -> Clip | None:
@@ -221,7 +233,8 @@ def _newest_of_each(values: dict[int, float], steps: Sequence[int]) -> dict[int,
     return found
 
 
-def _has_both_towers(folder: Path) -> bool:
+def has_both_towers(folder: Path) -> bool:
+    """Whether a folder holds what ``Clip`` loads, by its config and the names in it."""
     config = _read_json(folder / "config.json")
     has_weights = any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
     return config.get("model_type") == "clip" and "vision_config" in config and has_weights

@@ -1,0 +1,183 @@
+"""The verb ``quality``: the distance between two folders of pictures, by every measure in use."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from src import quiet
+from src.errors import ExitCode, not_found, usage_error
+from src.evaluation import inputs
+from src.files import check_writable_folder
+from src.request import user_path
+from src.terminal import Terminal, counted
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from src.evaluation.figures import Figure, Seen
+
+SUMMARY = "two folders of pictures: FID, KID, CMMD, CLIP score, precision, recall, copies"
+
+_NO_CLIP = "no CLIP is given, and the embedded model has none of its own"
+_OWN_CLIP = "CLIP    the embedded model's own: it knows the project's drawn scenes alone; for other pictures give --clip FOLDER"
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One of the two sets."""
+
+    folder: Path
+    pictures: list[Path]
+    found: int  # before --max-pictures
+
+    def as_json(self) -> dict[str, Any]:
+        return {"folder": self.folder.resolve().name, "pictures": len(self.pictures), "found": self.found}
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What is to be measured, checked as far as that goes without torch."""
+
+    real: Side
+    generated: Side
+    clip: Path | None
+    inception: Path | None
+    prompts: list[str | None] | None  # of the generated pictures; None: not asked for
+    seed: int
+    device: str
+    output: Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of this verb."""
+    add = parser.add_argument
+    add("--real", metavar="DIR", required=True, help="pictures of the world: held-out ones, never those that were learnt")
+    add("--generated", metavar="DIR", required=True, help="pictures of the model")
+    add("--clip", metavar="FOLDER", help="a CLIPModel folder of transformers (default: the embedded model's own)")
+    add("--inception", metavar="FILE", help="FID's Inception v3 as .safetensors, for FID, KID and inception score")
+    add(
+        "--prompts", choices=inputs.PROMPT_SOURCES, default="auto",
+        help="of the generated pictures: from their recipes, their captions, or both in turn (default: %(default)s)",
+    )  # fmt: skip
+    add("--max-pictures", metavar="N", type=int, help="of each folder, drawn by --seed (default: all)")
+    add("--seed", metavar="N", type=int, default=0, help="of samples, subsets and splits (default: %(default)s)")
+    add("--device", metavar="NAME", default="auto", help="auto, cpu, mps, cuda or cuda:N (default: %(default)s)")
+
+
+def run(options: argparse.Namespace, say: Callable[[str], None]) -> int:
+    """Measure, write both files and print the table. Raises UserError."""
+    comparison = read_comparison(options, say)
+    quiet.silence_libraries()
+    from src.evaluation import quality_report, results
+
+    seen, found = _measure(comparison, say)
+    by = next(iter(seen.values()))  # CLIP where there is one: it sees what a picture shows
+    copies = quality_report.copies(by)
+    result = {
+        "real": comparison.real.as_json(), "generated": comparison.generated.as_json(), "seed": comparison.seed,
+        "prompts": None if comparison.prompts is None else len(comparison.prompts) - comparison.prompts.count(None),
+        "extractors": {name: int(item.real.shape[1]) for name, item in seen.items()},
+        "figures": [asdict(figure) for figure in found],
+        "nearest": [copy.as_json(comparison.generated.pictures, comparison.real.pictures) for copy in copies],
+    }  # fmt: skip
+    page = quality_report.page(comparison, found, copies, by.extractor)
+    path = results.publish(comparison.output, "quality", result, page)
+    print(table(found))
+    say(f"report  {path}")
+    return ExitCode.OK
+
+
+def read_comparison(options: argparse.Namespace, say: Callable[[str], None]) -> Comparison:
+    """Check what was typed, without torch. Raises UserError."""
+    real, generated = user_path(options.real), user_path(options.generated)
+    if options.max_pictures is not None and options.max_pictures < 1:
+        raise usage_error(f"--max-pictures {options.max_pictures}: give 1 or more")
+    if options.seed < 0:
+        raise usage_error(f"--seed {options.seed}: give 0 or more")
+    sides = [_side(folder, flag, options, say) for folder, flag in ((real, "--real"), (generated, "--generated"))]
+    one, other = real.resolve(), generated.resolve()
+    if one == other or one in other.parents or other in one.parents:
+        raise usage_error(f"--real {real} and --generated {generated} share pictures; name folders apart from each other")
+    clip = inputs.clip_folder(options.clip)
+    inception = None if options.inception is None else user_path(options.inception)
+    if inception is not None:
+        inputs.check_inception(inception)
+    else:
+        say("Inception none: so no FID, KID and inception score; --inception FILE gives it")
+    if clip is None and inception is None:
+        raise not_found(f"{_NO_CLIP}; give --clip FOLDER, --inception FILE, or both")
+    prompts = None
+    if clip is None:
+        say(f"CLIP    none: {_NO_CLIP}; so no CMMD and no CLIP score")
+    elif options.prompts != "none":
+        prompts = inputs.prompts_of(generated, sides[1].pictures, options.prompts)
+    output = check_writable_folder(user_path(options.output))
+    return Comparison(*sides, clip, inception, prompts, options.seed, options.device, output)
+
+
+def table(found: list[Figure]) -> str:
+    """The figures in columns, for the terminal."""
+    rows = [["metric", "features", "value", "", "better", "of"]]
+    for figure in found:
+        value = "–" if figure.value is None else f"{figure.value:.4g}"
+        std = "" if figure.std is None else f"± {figure.std:.2g}"
+        note = f" ({figure.note})" if figure.note else ""
+        rows.append([figure.name, figure.features, value, std, figure.better, figure.based_on + note])
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    return "\n".join("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[-1]]) for row in rows)
+
+
+def _side(folder: Path, flag: str, options: argparse.Namespace, say: Callable[[str], None]) -> Side:
+    pictures = inputs.pictures_in(folder, flag, say)
+    chosen = inputs.sample(pictures, options.max_pictures, options.seed)
+    share = "" if len(chosen) == len(pictures) else f" of {len(pictures):,}"
+    say(f"{flag[2:]:<9} {counted(len(chosen), 'picture')}{share} in {folder}")
+    return Side(folder, chosen, len(pictures))
+
+
+def _measure(comparison: Comparison, say: Callable[[str], None]) -> tuple[dict[str, Seen], list[Figure]]:
+    """What each extractor saw, by its name, and all the figures; CLIP's first."""
+    from src.evaluation import features, figures
+
+    device = features.pick_device(comparison.device)
+    clip = comparison.clip and features.ClipFeatures(comparison.clip, device)
+    inception = comparison.inception and features.InceptionFeatures(comparison.inception, device)
+    seen, found = {}, []
+    if clip:
+        if clip.is_own:
+            say(_OWN_CLIP)
+        seen[clip.name] = _see(clip, comparison)
+        found += figures.of_clip(seen[clip.name], *_texts(clip, comparison.prompts, say), comparison.seed)
+    if inception:
+        seen[inception.name] = _see(inception, comparison)
+        found += figures.of_inception(seen[inception.name], comparison.seed)
+    return seen, found
+
+
+def _see(extractor: Any, comparison: Comparison) -> Seen:
+    from src.evaluation.features import extract
+    from src.evaluation.figures import Seen
+
+    terminal = Terminal()
+    real = extract(extractor, comparison.real.pictures, terminal, f"{extractor.name}, real")
+    generated = extract(extractor, comparison.generated.pictures, terminal, f"{extractor.name}, generated")
+    return Seen(extractor.name, real["features"], generated["features"], generated.get("logits"))
+
+
+def _texts(
+    clip: Any, prompts: list[str | None] | None, say: Callable[[str], None]
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """(T, D) features of the prompts, and (T,) whose picture's they are; None where they are not asked for."""
+    import numpy as np
+
+    if prompts is None:
+        return None, None
+    given = [index for index, prompt in enumerate(prompts) if prompt]
+    if cut := sum(clip.clip.is_cut(prompts[index]) for index in given):
+        say(f"prompts {counted(cut, 'prompt')} longer than CLIP's window: compared by their beginning")
+    rows = clip.text_features([prompts[index] for index in given])
+    return rows, np.array(given, dtype=int)
