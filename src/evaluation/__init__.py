@@ -1,0 +1,1 @@
+"""How good a model is, in numbers: one module a verb of ``python -m src.evaluate``, and what they are made of."""
