@@ -14,7 +14,7 @@ from src.evaluation.checking import CHECKS, Verdict, check
 from src.scenes import drawing
 from src.scenes.grammar import COLOURS, Background, Landscape, Scene, Thing
 
-TRUTH = proof.truth(420, 21)
+TRUTH = proof.truth(200, 21)
 WHITE = Background("plain", ("white",))
 
 
@@ -36,12 +36,12 @@ def test_rendered_truth_is_right() -> None:
 
 @pytest.mark.parametrize("wear", [name for name in proof.WEARS if name != proof.AS_RENDERED])
 def test_truth_that_is_worn_is_nearly_always_right(wear: str) -> None:
-    share, _, failed = proof.right_of_truth(TRUTH[:120], 0, proof.WEARS[wear])
-    assert share.value >= 0.95, [(scene.caption, fault) for scene, fault in failed]
+    share, _, failed = proof.right_of_truth(TRUTH[:30], 0, proof.WEARS[wear])
+    assert share.value >= 0.9, [(scene.caption, fault) for scene, fault in failed]
 
 
 def test_wrong_pairs_are_refused() -> None:
-    share, changes, passed = proof.accepted_of_wrong(proof.wrong_pairs(450, 21), 0, proof.WEARS[proof.AS_RENDERED])
+    share, changes, passed = proof.accepted_of_wrong(proof.wrong_pairs(210, 21), 0, proof.WEARS[proof.AS_RENDERED])
     assert share.value <= proof.MAX_ACCEPTED, [(pair.what, pair.scene.caption, pair.shown.things) for pair in passed]
     assert set(changes) == set(proof.CHANGES)
 
@@ -52,22 +52,22 @@ def test_each_change_is_found_by_its_check() -> None:
     expected |= {"background": {"background"}, "relation": {"relation"}, "size": {"size"}, "binding": {"binding"}}
     expected |= {"house": {"colours"}, "trees": {"count"}, "hills": {"background"}, "time": {"background"}}
     hits = {name: [] for name in expected}
-    for wrong in proof.wrong_pairs(300, 5):
+    for wrong in proof.wrong_pairs(75, 5):
         if wrong.what in expected:
             verdict = check(drawing.draw(wrong.shown), wrong.scene)
             wanted = expected[wrong.what] - {name for name in CHECKS if getattr(verdict, name) is None}
             hits[wrong.what].append(all(getattr(verdict, name) is False for name in wanted))
             assert verdict.faults
-    assert {name: sum(found) / len(found) for name, found in hits.items() if sum(found) < 0.9 * len(found)} == {}
+    assert {name: sum(found) / len(found) for name, found in hits.items() if sum(found) < 0.8 * len(found)} == {}
 
 
 def test_nothing_is_right_of_a_picture_of_nothing() -> None:
     for colour in ("white", "red", "gray"):
         blank = Image.new("RGB", (128, 128), COLOURS[colour])
-        verdicts = [check(blank, scene) for scene in TRUTH[:60]]
+        verdicts = [check(blank, scene) for scene in TRUTH[:16]]
         assert not any(verdict.all for verdict in verdicts)
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8))
-    assert not any(check(noise, scene).all for scene in TRUTH[:60])
+    assert not any(check(noise, scene).all for scene in TRUTH[:16])
 
 
 def test_what_the_caption_leaves_open_is_not_asked() -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from scipy import ndimage
 
 from src.evaluation import landscapes
-from src.evaluation.segmenting import NAMES, Piece, segment
+from src.evaluation.segmenting import NAMES, Piece, Segments, segment
 from src.evaluation.shapes import Fit, recognise
 from src.scenes import drawing
 from src.scenes.grammar import MARGIN_PX, POSITIONS, SIZE_PX, Scene, Thing
@@ -81,7 +81,7 @@ def check(picture: Image.Image, scene: Scene) -> Verdict:
         is_right, count, colour, faults = landscapes.check(picture, scene.landscape)
         return Verdict(is_right, count, colour, faults=faults)
     segments = segment(picture, scene.background, {thing.outline: thing.colour for thing in scene.things if thing.outline})
-    things = _things(segments.pieces)
+    things = _things(segments)
     faults: list[str] = [] if segments.has_background else ["background: another one"]
 
     def same(what: str, found: Counter, asked: Counter) -> bool:
@@ -108,8 +108,13 @@ def check(picture: Image.Image, scene: Scene) -> Verdict:
     )
 
 
-def _things(pieces: Sequence[Piece]) -> list[_Found]:
-    """The pieces that are things, without the holes that other things or flaws make."""
+def _things(segments: Segments) -> list[_Found]:
+    """The pieces that are things, without the holes that other things or flaws make.
+
+    Specks may be a thing's tips, where its colour runs out, or stray: they count where they make its shape clearer.
+    """
+    pieces = segments.pieces
+    specks, _ = ndimage.label(segments.specks)
     filled = {piece: ndimage.binary_fill_holes(piece.mask) for piece in pieces}
 
     def lie_in(outer: Piece, among: Sequence[Piece]) -> list[Piece]:
@@ -121,7 +126,10 @@ def _things(pieces: Sequence[Piece]) -> list[_Found]:
     found = []
     for piece in things:
         solid = filled[piece] if lie_in(piece, things) else piece.mask | _small_holes(piece.mask, filled[piece])
-        found.append(_Found(piece, solid, recognise(solid)))
+        touching = np.unique(specks[ndimage.binary_dilation(piece.mask) & (specks > 0)])
+        fits = [(recognise(mask), mask) for mask in (solid, *([solid | np.isin(specks, touching)] if len(touching) else []))]
+        fit, solid = max(fits, key=lambda fitted: fitted[0].overlap)
+        found.append(_Found(piece, solid, fit))
     return found
 
 
@@ -185,7 +193,7 @@ def _outline(found: _Found | None, scene: Scene, labels: np.ndarray, faults: lis
     if found is not None and asked is not None:
         # On a small star it is a pixel thin: half of what is seen in the drawing itself must be there.
         truth = segment(drawing.draw(scene), scene.background, {asked: scene.things[0].colour})
-        least = max((_edge_share(thing.solid, truth.labels, asked) for thing in _things(truth.pieces)), default=0.0) / 2
+        least = max((_edge_share(thing.solid, truth.labels, asked) for thing in _things(truth)), default=0.0) / 2
         is_there = _edge_share(found.solid, labels, asked) >= max(least, MIN_EDGE)
         outline = asked if is_there else None
     elif found is not None:

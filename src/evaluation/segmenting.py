@@ -51,6 +51,7 @@ class Segments:
 
     labels: np.ndarray
     pieces: tuple[Piece, ...]
+    specks: np.ndarray  # (H, W) bool: what is neither
     has_background: bool  # the one that was asked for
 
 
@@ -70,7 +71,7 @@ def segment(picture: Image.Image, background: Background, outlines: Mapping[str,
         labels = _labelled(colours, _frame_colours(colours), False)
     pieces = tuple(_pieces(labels, colours, outlines or {}))
     specks = (labels >= 0) & ~np.any([piece.mask for piece in pieces], axis=0)
-    return Segments(labels, pieces, is_right and specks.mean() <= MAX_SPECKS)
+    return Segments(labels, pieces, specks, is_right and bool(specks.mean() <= MAX_SPECKS))
 
 
 def picture_pixels(picture: Image.Image) -> np.ndarray:
