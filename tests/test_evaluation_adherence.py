@@ -53,7 +53,8 @@ def test_it_draws_checks_and_writes(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert item["verdict"]["all"] in (True, False)
     report = (tmp_path / "report.html").read_text()
     assert all(item["scene"]["caption"] in report for item in document["pictures"])
-    assert "http" not in report
+    assert "http://" not in report
+    assert "https://" not in report
     assert "overall" in capsys.readouterr().out
 
 
