@@ -28,7 +28,7 @@ SMALL_PX, LARGE_PX = 18.5, 29.0  # radii: a small thing is at most, a large one 
 MAX_INNER, MIN_INNER_WITHIN = 0.45, 0.9  # an inner thing's area, of the outer one's; how much of it lies within
 MAX_HOLE = 0.1  # of a thing: a smaller hole is a flaw of the drawing, a ring's is 0.3
 EDGE_PX, MIN_EDGE = 2.0, 0.03  # how deep a thing's edge is; share of it that an outline which is asked for covers at least
-MIN_AROUND = 0.25  # share of the pixels next to a thing that make an outline which is not asked for
+MIN_AROUND = 0.2  # share of the pixels next to a thing that make an outline which is not asked for
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def _outline(found: _Found | None, scene: Scene, labels: np.ndarray, faults: lis
         is_there = _edge_share(found.solid, labels, asked) >= max(least, MIN_EDGE)
         outline = asked if is_there else None
     elif found is not None:
-        filled = ndimage.binary_fill_holes(found.solid)
+        filled = ndimage.binary_fill_holes(found.piece.mask)  # specks may be that outline
         around = labels[ndimage.binary_dilation(filled) & ~filled]
         counts = np.bincount(around + 1, minlength=len(NAMES) + 1)  # the background first
         if counts[1:].max() >= MIN_AROUND * counts.sum():

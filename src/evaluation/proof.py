@@ -25,8 +25,9 @@ Wear = Callable[[Image.Image, Random], Image.Image]
 
 
 def prove(count: int, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Judge ``count`` true pictures, an eighth of them in each wear, and as many wrong pairs; ``holds``: within the bounds, as rendered.
+    """Judge ``count`` true pictures, an eighth of them in each wear, and as many wrong pairs.
 
+    ``holds``: within the bounds, as rendered.
     Lines of the table go to ``say``, as they are known; the result is for JSON.
     """
     scenes, rows = truth(count, seed), {}
@@ -35,9 +36,8 @@ def prove(count: int, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
     for name, wear in WEARS.items():
         every, kinds, wrong = right_of_truth(scenes if name == AS_RENDERED else scenes[: max(1, count // 8)], seed, wear)
         rows[name] = {"all": every.as_dict(), **{kind: share.as_dict() for kind, share in kinds.items()}}
-        say(
-            f"{name:<28}{every.value:>8.4f}" + "".join(f"{kinds[kind].value:>11.4f}" for kind in grammar.KINDS if kind in kinds)
-        )
+        shares = (f"{kinds[kind].value:>11.4f}" if kind in kinds else f"{'–':>11}" for kind in grammar.KINDS)
+        say(f"{name:<28}{every.value:>8.4f}" + "".join(shares))
         failed += [{"wear": name, "caption": scene.caption, "faults": faults} for scene, faults in wrong[:SHOWN]]
     every, changes, passed = accepted_of_wrong(wrong_pairs(count, seed), seed, WEARS[AS_RENDERED])
     say("")
