@@ -20,6 +20,7 @@ from src.terminal import Terminal
 from src.version import VERSION
 
 VERBS = {
+    "adherence": "src.evaluation.adherence",
     "quality": "src.evaluation.quality",
 }
 

@@ -190,10 +190,16 @@ class TextToImageGenerator:
         )  # fmt: skip
         return list(self.draw(request, on_step))
 
-    def draw(self, request: PictureRequest, on_step: Callable[[Step], None] | None = None) -> Iterator[Image.Image]:
+    def draw(
+        self,
+        request: PictureRequest,
+        on_step: Callable[[Step], None] | None = None,
+        texts: Sequence[str] | None = None,
+    ) -> Iterator[Image.Image]:
         """Draw a request's pictures and yield each as soon as it is finished; a seed of None is drawn and set.
 
-        Adapters named in the request or its prompt come on top of the loaded ones, for this request only.
+        Adapters named in the request or its prompt come on top of the loaded ones, for this request only. ``texts``: a prompt
+        for each picture, in place of the request's; what is of equal length shares a batch.
         """
         request.check()
         if request.seed is None:
@@ -208,7 +214,7 @@ class TextToImageGenerator:
             self.load_model()
         self._memory.place(request)
         done = 0
-        for batch in self._batches(request):
+        for batch in self._batches(request, texts or [request.prompt] * request.num_images):
             report = None if on_step is None else partial(_report_step, on_step, done, len(batch))
             yield from self._draw_batch(request, batch, start, report)
             done += len(batch)
@@ -243,13 +249,14 @@ class TextToImageGenerator:
         stem = f"{prefix or self.config.paths.prefix}_{datetime.now():%Y%m%d_%H%M%S}"
         return [images.save_picture(picture, folder, stem, index) for index, picture in enumerate(pictures)]
 
-    def _batches(self, request: PictureRequest) -> Iterator[list[Task]]:
+    def _batches(self, request: PictureRequest, texts: Sequence[str]) -> Iterator[list[Task]]:
         """The request's pictures in batches of at most ``batch_size`` that can be drawn together."""
         # For a U-Net of 9 channels diffusers encodes the picture once, with the first seed: each must be the first.
         limit = 1 if self.model.pipeline.unet.config.in_channels == 9 else request.batch_size
         batch: list[Task] = []
-        for index in range(request.num_images):
-            task = self._plan_task(request, request.seed_of(index), batch[-1] if batch else None)
+        for index, text in zip(range(request.num_images), texts, strict=True):
+            own = replace(request, prompt=text)
+            task = self._plan_task(own, request.seed_of(index), batch[-1] if batch else None)
             if batch and (len(batch) == limit or not task.fits_beside(batch[0])):
                 yield batch
                 batch = []

@@ -130,4 +130,4 @@ def test_an_inner_thing_lies_above_and_an_outline_around() -> None:
     assert [pixels.getpixel((x, 64)) for x in (64, 80, 100)] == [COLOURS["red"], COLOURS["white"], COLOURS["blue"]]
     outlined = Thing("square", "red", 64, 64, 30, 0, outline="black")
     pixels = drawing.draw(Scene("one", "x", (outlined,), Background("plain", ("white",))))
-    assert [pixels.getpixel((x, 64)) for x in (64, 87, 95)] == [COLOURS["red"], COLOURS["black"], COLOURS["white"]]
+    assert [pixels.getpixel((x, 64)) for x in (64, 90, 98)] == [COLOURS["red"], COLOURS["black"], COLOURS["white"]]

@@ -1,1 +1,1 @@
-"""Pictures in figures: metrics on feature matrices, extractors, and one module a verb of ``python -m src.evaluate``."""
+"""How good a model is, in figures: one module a verb of ``python -m src.evaluate``, and what they are made of."""

@@ -12,7 +12,7 @@ from src.scenes.grammar import COLOURS, SIZE_PX, Background, Landscape, Scene, T
 
 FINER = 4  # drawn so many times larger, then averaged
 STRIPE_PX, DOT_PX = 16, 16  # the period
-OUTLINE = 0.24  # of the radius, within it
+OUTLINE_PX, OUTLINE = 3.0, 0.16  # at least so wide, or so much of the radius; half of it lies outside
 RING = 0.44
 Colour = tuple[int, int, int]
 SKIES = {  # from above to the horizon
@@ -82,25 +82,21 @@ def outline_of(shape: str) -> list[tuple[float, float]]:
 
 
 def _draw_thing(canvas: ImageDraw.ImageDraw, thing: Thing) -> None:
-    def polygon(radius: float, colour: Colour | None) -> None:
-        turn = math.radians(thing.turn)
-        corners = [
-            (
-                (thing.x + radius * (x * math.cos(turn) - y * math.sin(turn))) * FINER,
-                (thing.y + radius * (x * math.sin(turn) + y * math.cos(turn))) * FINER,
-            )
-            for x, y in outline_of(thing.shape)
-        ]
-        canvas.polygon(corners, fill=colour)
-
-    fill, radius = COLOURS[thing.colour], thing.radius
     if thing.shape == "ring":
         _draw_ring(canvas, thing)
-    elif thing.outline is None:
-        polygon(radius, fill)
-    else:
-        polygon(radius, COLOURS[thing.outline])
-        polygon(radius * (1 - OUTLINE), fill)
+        return
+    turn, radius = math.radians(thing.turn), thing.radius
+    corners = [
+        (
+            (thing.x + radius * (x * math.cos(turn) - y * math.sin(turn))) * FINER,
+            (thing.y + radius * (x * math.sin(turn) + y * math.cos(turn))) * FINER,
+        )
+        for x, y in outline_of(thing.shape)
+    ]
+    canvas.polygon(corners, fill=COLOURS[thing.colour])
+    if thing.outline is not None:
+        width = round(max(OUTLINE_PX, OUTLINE * radius) * FINER)
+        canvas.line([*corners, *corners[:2]], fill=COLOURS[thing.outline], width=width, joint="curve")
 
 
 def _draw_ring(canvas: ImageDraw.ImageDraw, thing: Thing) -> None:

@@ -1,0 +1,72 @@
+"""``report.html`` of adherence: the figures, and pictures that are right and wrong, each with what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
+
+from PIL import Image
+
+from src import report
+from src.evaluation.skills import SKILLS, TARGET, TARGETS, Judged, Scores, Share
+from src.version import VERSION
+
+MAX_RIGHT, MAX_WRONG = 36, 72
+_PICTURE_PX = 128
+_ON_SKILLS = """\
+After GenEval (Ghosh et al. 2023): a picture is asked about each skill that its prompt needs, and counts only when it is right \
+altogether: background, number, colours, shapes, which colour on which shape, place, relation, size and outline, as far as the \
+prompt names them. Intervals are Wilson's, 95 %."""
+_ON_CHECKS = """\
+The same pictures, check by check: what passes, whatever else is wrong with the picture. Of a landscape, background means time \
+and hills, count the trees, colours the house."""
+_ON_PICTURES = """\
+The checker works by colours and shapes alone; a picture that looks right to you and is listed as wrong is worth reporting."""
+
+
+def page(scores: Scores, pictures: Sequence[Image.Image], facts: Mapping[str, Any]) -> bytes:
+    """The finished file; ``pictures`` in the order of ``scores.judged``."""
+    settings = dict(facts.get("settings", {}))
+    head = {**settings, **{name: value for name, value in facts.items() if name != "settings"}, "version": VERSION}
+    skills = [[name, SKILLS[name][0], *_cells(share), TARGETS.get(name, TARGET)] for name, share in scores.skills.items()]
+    checks = [[name, *_cells(share)] for name, share in scores.checks.items()]
+    pairs = list(zip(scores.judged, pictures, strict=True))
+    parts = [
+        report.section(
+            "Skills",
+            report.table(
+                ["skill", "pictures with", "right", "95 % interval", "count", "target"], skills, marked=[len(skills) - 1]
+            ),
+            report.text(_ON_SKILLS),
+        ),
+        report.section("Checks", report.table(["check", "right", "95 % interval", "count"], checks), report.text(_ON_CHECKS)),
+        _gallery("Wrong", [pair for pair in pairs if not pair[0].verdict.all], MAX_WRONG),
+        _gallery("Right", [pair for pair in pairs if pair[0].verdict.all], MAX_RIGHT),
+        report.section("Settings", report.facts(head)),
+    ]
+    return report.page(f"Adherence of {settings.get('model', 'pictures')}", *parts)
+
+
+def _cells(share: Share) -> tuple[str, str, int]:
+    if share.value is None or share.interval is None:
+        return "–", "–", 0
+    return f"{share.value:.3f}", f"{share.interval[0]:.3f} to {share.interval[1]:.3f}", share.count
+
+
+def _gallery(title: str, pairs: list[tuple[Judged, Image.Image]], most: int) -> str:
+    """Pictures of all kinds, in turn."""
+    shown = _in_turn(pairs)[:most]
+    figures = [
+        report.picture(picture, "\n".join([f"{item.scene.caption}, seed {item.seed}", *item.verdict.faults]), _PICTURE_PX)
+        for item, picture in shown
+    ]
+    return report.section(
+        f"{title}: {len(shown)} of {len(pairs)}", report.text(_ON_PICTURES if title == "Wrong" else ""), report.gallery(figures)
+    )
+
+
+def _in_turn(pairs: list[tuple[Judged, Image.Image]]) -> list[tuple[Judged, Image.Image]]:
+    kinds = dict.fromkeys(item.scene.kind for item, _ in pairs)
+    rows = [[pair for pair in pairs if pair[0].scene.kind == kind] for kind in kinds]
+    return [pair for row in zip_longest(*rows) for pair in row if pair is not None]

@@ -1,0 +1,292 @@
+"""The proof of the checker: rendered truth must pass, worn as a model's pictures are; what differs in one thing must not."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from random import Random
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from src.evaluation.checking import check
+from src.evaluation.skills import Share
+from src.scenes import drawing, grammar
+from src.scenes.grammar import COLOURS, GAP_PX, MARGIN_PX, POSITIONS, SHAPES, SIZE_PX, SIZES_PX, Background, Scene, Thing
+
+MIN_RIGHT, MAX_ACCEPTED = 0.995, 0.01
+COUNT = 2400  # of true scenes, and of wrong pairs
+AS_RENDERED = "as rendered"
+SHOWN = 40  # failures that are noted
+Wear = Callable[[Image.Image, Random], Image.Image]
+
+
+def prove(count: int, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Judge ``count`` true pictures, an eighth of them in each wear, and as many wrong pairs.
+
+    ``holds``: within the bounds, as rendered.
+    Lines of the table go to ``say``, as they are known; the result is for JSON.
+    """
+    scenes, rows = truth(count, seed), {}
+    say(f"{'rendered truth, right':<28}{'all':>8}" + "".join(f"{kind:>11}" for kind in grammar.KINDS))
+    failed: list[dict[str, Any]] = []
+    for name, wear in WEARS.items():
+        every, kinds, wrong = right_of_truth(scenes if name == AS_RENDERED else scenes[: max(1, count // 8)], seed, wear)
+        rows[name] = {"all": every.as_dict(), **{kind: share.as_dict() for kind, share in kinds.items()}}
+        shares = (f"{kinds[kind].value:>11.4f}" if kind in kinds else f"{'–':>11}" for kind in grammar.KINDS)
+        say(f"{name:<28}{every.value:>8.4f}" + "".join(shares))
+        failed += [{"wear": name, "caption": scene.caption, "faults": faults} for scene, faults in wrong[:SHOWN]]
+    every, changes, passed = accepted_of_wrong(wrong_pairs(count, seed), seed, WEARS[AS_RENDERED])
+    say("")
+    say(f"{'wrong pairs, accepted':<28}{'share':>8}{'count':>8}")
+    for name, share in {"all": every, **changes}.items():
+        say(f"{name:<28}{share.value:>8.4f}{share.count:>8}")
+    right = rows[AS_RENDERED]["all"]["share"]
+    accepted = [{"what": pair.what, "caption": pair.scene.caption, "shown": pair.shown.as_dict()} for pair in passed[:SHOWN]]
+    return {
+        "holds": right >= MIN_RIGHT and every.value <= MAX_ACCEPTED, "count": count, "seed": seed, "truth": rows,
+        "wrong": {"all": every.as_dict(), **{name: share.as_dict() for name, share in changes.items()}},
+        "failed": failed, "accepted": accepted,
+    }  # fmt: skip
+
+
+def truth(count: int, seed: int) -> list[Scene]:
+    """Scenes of all splits and kinds, in turn."""
+    endless = [grammar.scenes(seed, split) for split in grammar.SPLITS]
+    return [next(endless[index % len(endless)]) for index in range(count)]
+
+
+def _noise(picture: Image.Image, random: Random, deviation: float = 8.0) -> Image.Image:
+    noise = np.random.default_rng(random.getrandbits(32)).normal(0, deviation, (*picture.size[::-1], 3))
+    return Image.fromarray(np.clip(np.asarray(picture) + noise, 0, 255).astype(np.uint8))
+
+
+def _jpeg(picture: Image.Image, random: Random) -> Image.Image:
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=50)
+    return Image.open(file).convert("RGB")
+
+
+def _shift(picture: Image.Image, random: Random) -> Image.Image:
+    """The whole picture tinted, each channel by up to 12 levels."""
+    shift = [random.uniform(-12, 12) for _ in range(3)]
+    return Image.fromarray(np.clip(np.asarray(picture) + np.array(shift), 0, 255).astype(np.uint8))
+
+
+def _soft_and_tinted(picture: Image.Image, random: Random) -> Image.Image:
+    return _noise(_shift(picture.filter(ImageFilter.GaussianBlur(0.8)), random), random, 5.0)
+
+
+WEARS: Mapping[str, Wear] = {
+    AS_RENDERED: lambda picture, random: picture,
+    "blur 0.7 px": lambda picture, random: picture.filter(ImageFilter.GaussianBlur(0.7)),
+    "blur 1 px": lambda picture, random: picture.filter(ImageFilter.GaussianBlur(1.0)),
+    "noise 8 levels": _noise,
+    "JPEG at quality 50": _jpeg,
+    "tint up to 12 levels": _shift,
+    "blur 0.8 px, tint, noise 5": _soft_and_tinted,
+    "half the size": lambda picture, random: picture.resize((SIZE_PX // 2,) * 2, Image.Resampling.BOX),
+    "four times the size": lambda picture, random: picture.resize((SIZE_PX * 4,) * 2, Image.Resampling.LANCZOS),
+}
+
+
+def right_of_truth(scenes: list[Scene], seed: int, wear: Wear) -> tuple[Share, dict[str, Share], list[tuple[Scene, str]]]:
+    """The share that passes, in all and by kind, and the scenes that do not with the reason."""
+    random, rights, failed = Random(seed), {}, []
+    for scene in scenes:
+        verdict = check(wear(drawing.draw(scene), random), scene)
+        rights.setdefault(scene.kind, []).append(verdict.all)
+        if not verdict.all:
+            failed.append((scene, "; ".join(verdict.faults)))
+    every = [right for of_kind in rights.values() for right in of_kind]
+    return Share(sum(every), len(every)), {kind: Share(sum(r), len(r)) for kind, r in rights.items()}, failed
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """A picture's scene, and the scene that it is held to be of: they differ in ``what``."""
+
+    what: str
+    scene: Scene
+    shown: Scene
+
+
+def wrong_pairs(count: int, seed: int) -> Iterator[Wrong]:
+    """Each change in turn, on scenes of all splits and kinds."""
+    random, endless = Random(f"wrong {seed}"), [grammar.scenes(seed, split) for split in grammar.SPLITS]
+    given = 0
+    while given < count:
+        for what, change in CHANGES.items():
+            shown = None
+            while shown is None:
+                scene = next(random.choice(endless))
+                shown = change(scene, random)
+            yield Wrong(what, scene, shown)
+            given += 1
+            if given == count:
+                return
+
+
+def accepted_of_wrong(pairs: Iterator[Wrong], seed: int, wear: Wear) -> tuple[Share, dict[str, Share], list[Wrong]]:
+    """The share of wrong pairs that pass, in all and by what differs, and which."""
+    random, accepted, passed = Random(seed), {}, []
+    for pair in pairs:
+        verdict = check(wear(drawing.draw(pair.shown), random), pair.scene)
+        accepted.setdefault(pair.what, []).append(verdict.all)
+        if verdict.all:
+            passed.append(pair)
+    every = [a for of_kind in accepted.values() for a in of_kind]
+    return Share(sum(every), len(every)), {what: Share(sum(a), len(a)) for what, a in accepted.items()}, passed
+
+
+# --- changes: the scene that is shown instead, None where there is nothing of the sort to change -------------------------
+
+
+def _with_thing(scene: Scene, index: int, **changes: object) -> Scene:
+    things = list(scene.things)
+    things[index] = replace(things[index], **changes)
+    return replace(scene, things=tuple(things))
+
+
+def _taken(scene: Scene) -> set[str | None]:
+    return {*scene.background.colours, *(thing.colour for thing in scene.things), *(thing.outline for thing in scene.things)}
+
+
+def _colour(scene: Scene, random: Random) -> Scene | None:
+    if not scene.things:
+        return None
+    colour = random.choice([name for name in COLOURS if name not in _taken(scene)])
+    return _with_thing(scene, random.randrange(len(scene.things)), colour=colour)
+
+
+def _shape(scene: Scene, random: Random) -> Scene | None:
+    if not scene.things:
+        return None
+    index = random.randrange(len(scene.things))
+    thing = scene.things[index]
+    among = grammar.ROOMY if scene.relation == "inside" and index == 1 else SHAPES
+    among = [s for s in among if s != thing.shape and (s != "ring" or thing.outline is None)]
+    return _with_thing(scene, index, shape=random.choice(among))
+
+
+def _count(scene: Scene, random: Random) -> Scene | None:
+    """One too few, or one too many where there is room."""
+    if not scene.things or scene.relation == "inside":
+        return None
+    things = list(scene.things)
+    if len(things) > 1 and random.random() < 0.5:
+        things.pop(random.randrange(len(things)))
+        return replace(scene, things=tuple(things))
+    like = random.choice(things)
+    radius = min(like.radius, 16)
+    for _ in range(200):
+        x, y = (random.uniform(MARGIN_PX + radius, SIZE_PX - MARGIN_PX - radius) for _ in range(2))
+        if all(np.hypot(x - t.x, y - t.y) >= radius + t.radius + GAP_PX for t in things):
+            return replace(scene, things=(*things, replace(like, x=x, y=y, radius=radius)))
+    return None
+
+
+def _position(scene: Scene, random: Random) -> Scene | None:
+    if scene.position is None:
+        return None
+    x, y = POSITIONS[random.choice([name for name in POSITIONS if name != scene.position])]
+    thing = scene.things[0]
+    places = (min(max(share * SIZE_PX, MARGIN_PX + thing.radius), SIZE_PX - MARGIN_PX - thing.radius) for share in (x, y))
+    return _with_thing(scene, 0, **dict(zip("xy", places)))
+
+
+def _relation(scene: Scene, random: Random) -> Scene | None:
+    """Mirrored or turned about; of a thing within another, the other within it."""
+    if scene.relation in (None, "and"):
+        return None
+    first, second = scene.things
+    if scene.relation == "inside":
+        if first.shape not in grammar.ROOMY:
+            return None
+        return replace(scene, things=(replace(first, radius=second.radius), replace(second, radius=first.radius)))
+    is_level = scene.relation in ("left of", "right of")
+
+    def mirrored(thing: Thing) -> Thing:
+        return replace(thing, x=SIZE_PX - thing.x) if is_level else replace(thing, y=SIZE_PX - thing.y)
+
+    moved = random.choice([mirrored, lambda thing: replace(thing, x=thing.y, y=thing.x)])
+    return replace(scene, things=tuple(moved(thing) for thing in scene.things))
+
+
+def _background(scene: Scene, random: Random) -> Scene | None:
+    if scene.background is None:
+        return None
+    plain = [("plain", (name,)) for name in grammar.PLAIN]
+    ramps = [("gradient", pair[:: random.choice((1, -1))]) for pair in grammar.GRADIENTS]
+    patterns = [(kind, pair) for kind in ("striped", "dotted") for pair in grammar.STRIPES]
+    used = {thing.colour for thing in scene.things} | {thing.outline for thing in scene.things}
+    own = (scene.background.kind, set(scene.background.colours))
+    among = [
+        [(kind, colours) for kind, colours in group if not used & set(colours) and (kind, set(colours)) != own]
+        for group in (plain, ramps, patterns)
+    ]
+    kind, colours = random.choice(random.choice([group for group in among if group]))
+    return replace(scene, background=Background(kind, colours, random.random()))
+
+
+def _direction(scene: Scene, random: Random) -> Scene | None:
+    """A gradient or dots of the same colours the other way round; stripes are the same."""
+    if scene.background is None or scene.background.kind not in ("gradient", "dotted"):
+        return None
+    return replace(scene, background=replace(scene.background, colours=scene.background.colours[::-1]))
+
+
+def _binding(scene: Scene, random: Random) -> Scene | None:
+    if scene.kind != "pair" or scene.things[0].shape == scene.things[1].shape:
+        return None
+    first, second = scene.things
+    return replace(scene, things=(replace(first, colour=second.colour), replace(second, colour=first.colour)))
+
+
+def _size(scene: Scene, random: Random) -> Scene | None:
+    if scene.kind != "one" or scene.things[0].size is None or scene.position not in (None, "in the center"):
+        return None
+    other = random.choice([size for size in SIZES_PX if size != scene.things[0].size])
+    return _with_thing(scene, 0, radius=random.uniform(*SIZES_PX[other]))
+
+
+def _outline(scene: Scene, random: Random) -> Scene | None:
+    """Another colour around, or one where none should be, or none."""
+    if scene.kind != "one" or scene.things[0].shape == "ring":
+        return None
+    others = [name for name in COLOURS if name not in _taken(scene)]
+    return _with_thing(scene, 0, outline=None if scene.things[0].outline and random.random() < 0.5 else random.choice(others))
+
+
+def _of_land(name: str, among: tuple) -> Callable[[Scene, Random], Scene | None]:
+    def change(scene: Scene, random: Random) -> Scene | None:
+        if scene.landscape is None:
+            return None
+        other = random.choice([value for value in among if value != getattr(scene.landscape, name)])
+        return replace(scene, landscape=replace(scene.landscape, **{name: other}))
+
+    return change
+
+
+def _any_other(scene: Scene, random: Random) -> Scene | None:
+    other = next(islice(grammar.scenes(random.getrandbits(32), "train"), 1))
+    return None if _gist(other) == _gist(scene) else other
+
+
+def _gist(scene: Scene) -> tuple:
+    """Scenes of different gist cannot both be what one caption asks for."""
+    if scene.landscape is not None:
+        land = scene.landscape
+        return land.house, land.trees, land.hills, land.time
+    return sorted((t.colour, t.shape) for t in scene.things), scene.background.kind, sorted(scene.background.colours)
+
+
+CHANGES: Mapping[str, Callable[[Scene, Random], Scene | None]] = {
+    "colour": _colour, "shape": _shape, "count": _count, "position": _position, "relation": _relation,
+    "background": _background, "background's direction": _direction, "binding": _binding, "size": _size,
+    "outline": _outline, "house": _of_land("house", grammar.HOUSES), "trees": _of_land("trees", tuple(grammar.TREES)),
+    "hills": _of_land("hills", grammar.HILLS), "time": _of_land("time", grammar.TIMES), "another scene": _any_other,
+}  # fmt: skip
