@@ -1,0 +1,1 @@
+"""Pictures measured and laid side by side: the verbs of ``python -m src.evaluate``."""
