@@ -59,12 +59,23 @@ def test_one_step_has_no_thirds_and_a_lora_may_be_in_it(base, tmp_path) -> None:
     assert run.result["words"][0]["tokens"] >= 2
 
 
+def test_sdxl_a_long_prompt_and_a_sampler_that_asks_twice(tmp_path) -> None:
+    base = model(tmp_path / "xl", "sdxl")
+    prompt = "a castle, " * 12 + "a (blue:1.4) square"
+    run = Run(attention, tmp_path / "out", [prompt, "--model", str(base), "--steps", "3", "--sampler", "Heun"])
+    assert run.result["calls"] == 5
+    words = {word["word"]: word for word in run.result["words"]}
+    assert set(words) == {"castle", "blue", "square"}
+    assert min(words["square"]["places"]) > 77, "in the second window"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["a red circle", "--words", "blue"], "its words are: red, circle"),
         (["the of a"], "no word to show"),
         (["a red circle", "--torch-compile"], "--torch-compile"),
+        (["a red circle", "--deep-cache", "2"], "--deep-cache"),
     ],
 )
 def test_mistakes_are_refused_before_drawing(base, tmp_path, arguments: list[str], message: str) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,14 @@ def test_every_setting_of_a_picture_is_a_flag_once(verb: str) -> None:
     assert len(names) == len(set(names))
     assert {"--model", "--lora", "--steps", "--cfg", "--scheduler", "--strength", "--device", "--set", "--seed"} <= set(names)
     assert not {"--num-images", "--from-image", "--grid", "--prefix"} & set(names)
+
+
+def test_the_readmes_commands_parse() -> None:
+    lines = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if "src.evaluate " in line]
+    found = [words for line in lines if (words := shlex.split(line)[3:]) and words[0] in VERBS]
+    assert {words[0] for words in found} == set(VERBS)
+    for verb, *words in found:
+        drawing.read_typed(parser_of(verb).parse_args(words))
 
 
 def test_an_order_is_main_pys() -> None:

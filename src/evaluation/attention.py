@@ -62,6 +62,8 @@ def run(options: argparse.Namespace, say: drawing.Say) -> int:
     order = drawing.OrderDesk(say).order(typed)
     if order.config.optimization.enable_torch_compile:
         raise usage_error("attention maps and --torch-compile do not go together; leave --torch-compile out")
+    if order.request.deep_cache > 1:
+        raise usage_error("--deep-cache leaves most of the attention out of most steps; leave --deep-cache out")
     from src.evaluation import attention_maps
 
     order, text = _settled(order)
