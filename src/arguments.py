@@ -165,6 +165,11 @@ def _parse(command_line: CommandLine, argv: Sequence[str]) -> dict[str, Any]:
         raise usage_error("the prompt is given twice: first and by --prompt; give it once")
     if "words" in typed:
         typed["prompt"] = typed.pop("words")
+    return settle(typed)
+
+
+def settle(typed: dict[str, Any]) -> dict[str, Any]:
+    """Flags that mean several settings, as those settings; ``typed`` is changed. Raises UserError (usage)."""
     _settle_mode(typed)
     if "size" in typed:
         typed |= _parse_size(typed.pop("size"))

@@ -78,6 +78,26 @@ def count_chunks(pipeline: Pipeline, text: str, *, weighted: bool = False) -> in
     return max(map(len, _chunk_for_all(pipeline, text, weighted)))
 
 
+def token_places(pipeline: Pipeline, text: str, *, weighted: bool = True) -> list[tuple[str, int]]:
+    """The tokens of a text, as the vocabulary writes them, and where each lies among the N*T that the U-Net reads.
+
+    Both encoders of SDXL cut a text alike: their tokenizers differ in nothing but padding.
+    """
+    tokenizer, encoder = _encoders(pipeline)[0]
+    window = _window(tokenizer, encoder)
+    chunks = _chunk_for_all(pipeline, text, weighted)[0]
+    places = [
+        (token, chunk * window + 1 + index) for chunk, item in enumerate(chunks) for index, token in enumerate(item.tokens)
+    ]  # 1: the begin
+    return list(zip(tokenizer.convert_ids_to_tokens([token for token, _ in places]), [place for _, place in places]))
+
+
+def tokenize(pipeline: Pipeline, text: str) -> list[str]:
+    """The tokens of a text that is no prompt: without weights, windows, begin and end."""
+    tokenizer = pipeline.tokenizer
+    return tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+
 def embed(pipeline: Pipeline, text: str, chunks: int, *, clip_skip: int = 1, weighted: bool = False) -> Embedding:
     """Embed one text by every encoder of the pipeline, filled up to ``chunks`` windows; with gradients, where they are on."""
     per_encoder = _chunk_for_all(pipeline, text, weighted)

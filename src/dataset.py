@@ -84,7 +84,7 @@ def read_dataset(
     if validation_every == 1:
         raise usage_error("validation_every 1 would hold out every picture; give 2 or more, or 0 for none")
     sizes_px = bucket_sizes(resolution_px, step_px) if buckets else [(resolution_px, resolution_px)]
-    paths = _find_pictures(folder)
+    paths = find_pictures(folder)
     prepared = read_prepared(folder)
     captions, notes = _captions(folder, paths, prepared.trigger, fixed_caption)
     pictures_px = _picture_sizes(paths)
@@ -150,7 +150,7 @@ def _fitted(read: Callable[[Path], Image.Image], path: Path, example: Example, f
     return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else picture
 
 
-def _find_pictures(folder: Path) -> list[Path]:
+def find_pictures(folder: Path) -> list[Path]:
     """Every picture below ``folder`` that is neither hidden nor a mask, by name."""
     if not folder.is_dir():
         kind = "is not a folder" if folder.exists() else "no such folder"

@@ -22,6 +22,10 @@ from src.version import VERSION
 VERBS = {
     "adherence": "src.evaluation.adherence",
     "quality": "src.evaluation.quality",
+    "subject": "src.evaluation.subject",
+    "attention": "src.evaluation.attention",
+    "grid": "src.evaluation.grid",
+    "compare": "src.evaluation.compare",
 }
 
 PROG = "python -m src.evaluate"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,7 +68,6 @@ class CommandLine:
         ``elsewhere`` are flags that are known, and not allowed here. ``default_note`` follows a default in the help.
         """
         self._flags = {name: flag for flags in groups.values() for flag in flags for name in flag.names}
-        self._by_dest = {flag.dest: flag for flag in self._flags.values()}
         self._elsewhere = elsewhere or {}
         self._parser = _Parser(
             prog=prog, usage=usage, epilog=epilog, description=description, add_help=False, allow_abbrev=False,
@@ -79,14 +79,14 @@ class CommandLine:
         for title, flags in groups.items():
             group = self._parser.add_argument_group(title)
             for flag in flags:
-                _add(group, flag, defaults or {}, default_note)
+                add_flag(group, flag, defaults or {}, default_note)
 
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
         """What was typed, and only that: ``{"generation.width": 768, "lora": [...], "words": ...}``. Raises UserError."""
         typed = vars(self._parser.parse_args(self._normalise(argv)))
         if typed.get("words", "") is None:
             del typed["words"]
-        return {name: value if name == "words" else _convert(self._by_dest[name], value) for name, value in typed.items()}
+        return typed
 
     def help_text(self) -> str:
         """What ``--help`` prints."""
@@ -137,22 +137,28 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=34, width=118)
 
 
-def _add(
-    group: argparse._ArgumentGroup, flag: Flag, defaults: Mapping[str, Mapping[str, Any]], note: Callable[[Flag], str]
+def add_flag(
+    group: argparse._ArgumentGroup,
+    flag: Flag,
+    defaults: Mapping[str, Mapping[str, Any]],
+    note: Callable[[Flag], str] = lambda flag: "",
 ) -> None:
+    """Add a flag to a group of a parser: parsed, it is of its type; not typed, it is not there. ``note`` follows a default."""
     text = flag.help.replace("%", "%%")
     if not flag.takes_value:
-        group.add_argument(*flag.names, dest=flag.dest, action="store_const", const=flag.value, help=text)
+        options = {"action": "store_const", "const": flag.value}
+        group.add_argument(*flag.names, dest=flag.dest, default=argparse.SUPPRESS, help=text, **options)
         return
     if flag.setting:
         section, _, key = flag.setting.partition(".")
         default = defaults[section][key]
         text += f" (default: {default}{note(flag)})" if default not in (None, "", ()) else ""
     action = "append" if flag.repeat else "store"
-    group.add_argument(*flag.names, dest=flag.dest, metavar=flag.metavar, action=action, help=text)
+    options = {"metavar": flag.metavar, "action": action, "type": functools.partial(_convert, flag)}
+    group.add_argument(*flag.names, dest=flag.dest, default=argparse.SUPPRESS, help=text, **options)
 
 
-def _convert(flag: Flag, value: Any) -> Any:
+def _convert(flag: Flag, value: str) -> Any:
     """The text typed after a flag as the flag's type."""
     if flag.choices is not None and value not in flag.choices:
         *first, last = flag.choices

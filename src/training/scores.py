@@ -122,13 +122,9 @@ class Scorer:
     def __init__(self, clip: Clip, photos: Sequence[Image.Image], prompts: Sequence[str], trigger: str | None) -> None:
         """``photos`` beyond ``MAX_PHOTOS`` are passed over, evenly."""
         self._clip = clip
-        chosen = (
-            [photos[index * len(photos) // MAX_PHOTOS] for index in range(MAX_PHOTOS)] if len(photos) > MAX_PHOTOS else photos
-        )
-        self._photos = clip.picture_features(chosen)
+        self._photos = clip.picture_features(some_photos(photos))
         self._texts = clip.text_features([without_trigger(prompt, trigger) for prompt in prompts]) if prompts else None
-        named = [trigger is not None and trigger.casefold() in prompt.casefold() for prompt in prompts]
-        self._shows_subject = named if any(named) else [True] * len(prompts)
+        self._shows_subject = shows_subject(prompts, trigger)
 
     def score(self, pictures: Sequence[Image.Image | None]) -> Score:
         """One picture for each prompt, None where there is none."""
@@ -137,9 +133,30 @@ class Scorer:
             return Score(None, None)
         features = self._clip.picture_features([pictures[index] for index in drawn])  # (N, D)
         subject = features[[self._shows_subject[index] for index in drawn]]
-        clip_i = (subject @ self._photos.T).mean().item() if len(subject) and len(self._photos) else None
-        clip_t = (features * self._texts[drawn]).sum(dim=-1).mean().item()
-        return Score(clip_i, clip_t)
+        clip_i = fidelity(subject, self._photos).mean().item() if len(subject) and len(self._photos) else None
+        return Score(clip_i, faithfulness(features, self._texts[drawn]).mean().item())
+
+
+def fidelity(pictures: Tensor, photos: Tensor) -> Tensor:
+    """CLIP-I of each picture, its mean cosine with the photos: unit vectors (N, D) and (M, D) -> (N,)."""
+    return (pictures @ photos.T).mean(dim=-1)
+
+
+def faithfulness(pictures: Tensor, texts: Tensor) -> Tensor:
+    """CLIP-T of each picture, its cosine with its own prompt: unit vectors (N, D) and (N, D) -> (N,)."""
+    return (pictures * texts).sum(dim=-1)
+
+
+def some_photos(photos: Sequence[Any]) -> Sequence[Any]:
+    """At most ``MAX_PHOTOS`` of them, evenly chosen."""
+    count = len(photos)
+    return [photos[index * count // MAX_PHOTOS] for index in range(MAX_PHOTOS)] if count > MAX_PHOTOS else photos
+
+
+def shows_subject(prompts: Sequence[str], trigger: str | None) -> list[bool]:
+    """Whether each prompt asks for the subject: it holds the trigger; where none does, all of them."""
+    named = [trigger is not None and trigger.casefold() in prompt.casefold() for prompt in prompts]
+    return named if any(named) else [True] * len(prompts)
 
 
 def find_clip(model_id: str, cache: Path) -> Path | None:

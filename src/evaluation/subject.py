@@ -1,0 +1,219 @@
+"""``subject``: what a LoRA has learnt of its photos, what it still hears of the prompt, and whether it stays itself.
+
+Fidelity and faithfulness pull against each other: an adapter that copies its photos draws nothing else. So both are measured,
+with the adapter and without it, as in the evaluation of DreamBooth (Ruiz et al. 2023, section 4.2).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from src.errors import ExitCode, UserError, usage_error
+from src.evaluation import drawing
+from src.evaluation.arms import SHEET, draw_arms, pictures_table, sheet_of
+from src.evaluation.axes import lora_label
+from src.flags import Flag
+from src.request import user_path
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from src.evaluation.arms import Arm
+
+SUMMARY = "a LoRA beside its photos: likeness (CLIP-I, DINO), faithfulness to the prompt (CLIP-T), consistency"
+WITHOUT, WITH = "without", "with"
+_PHOTO_PX, _SHOWN_PHOTOS = 160, 24
+
+_ABOUT = """\
+CLIP-I and DINO: mean cosine of features between the pictures of the subject and the photos. DINO sees the subject's own \
+traits, CLIP more of its kind, and both take a copied background for likeness. CLIP-T: cosine between each picture and its \
+prompt without the made-up word. Consistency: mean cosine over all pairs of the pictures of the subject, how much it is the \
+same from picture to picture; it is high, too, where all pictures are alike in everything. Balance: the geometric mean of \
+CLIP-I and CLIP-T relative to the model without the LoRA. The photos among themselves show how high likeness can be."""
+
+FLAGS = (
+    Flag(("--photos",), "the photos that it has learnt from, or others of the same subject", metavar="DIR"),
+    Flag(("--lora",), "the adapter, with a weight", metavar="PATH[:W]"),
+    Flag(("--trigger",), "its made-up word: prompts with it show the subject, and CLIP reads them without it", metavar="TEXT"),
+    drawing.PROMPT,
+    drawing.PROMPTS,
+    drawing.SEED,
+    drawing.NUM,
+    Flag(("--clip",), "the CLIP that judges: a folder with both towers (default: the first on this disk)", metavar="FOLDER"),
+    Flag(
+        ("--dino",),
+        "a DINO that judges, too: a folder of transformers (facebook/dino-vits16 in publications)",
+        metavar="FOLDER",
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """One arm in numbers, cosines; None where nothing could measure it."""
+
+    clip_i: float | None
+    clip_t: float | None
+    dino: float | None
+    consistency: float | None
+    dino_consistency: float | None
+    balance: float | None = None
+    each: tuple[tuple[float | None, float | None], ...] = ()  # of each picture: CLIP-I (or DINO), CLIP-T
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's flags."""
+    drawing.add_flags(parser, FLAGS)
+
+
+def run(options: argparse.Namespace, say: drawing.Say) -> int:
+    """Draw with and without the adapter, measure both, and write the sheet and the report. Returns the exit code."""
+    folder, typed = drawing.read_typed(options)
+    missing = [flag for flag in ("--photos", "--lora") if flag.lstrip("-") not in typed]
+    if missing:
+        raise usage_error(f"subject: {missing[0]} is missing; give --photos DIR, --lora FILE and --prompts FILE")
+    lora, trigger = typed.pop("lora"), typed.pop("trigger", None)
+    judges = {name: typed.pop(name, None) for name in ("clip", "dino")}
+    prompts, seeds = drawing.read_prompts(typed), drawing.read_seeds(typed)
+    from src.dataset import find_pictures
+
+    photos = find_pictures(user_path(typed.pop("photos")))
+    jury = _Jury(judges, typed, trigger, say)  # before anything is drawn: without one all would be in vain
+    wanted = {f"{WITHOUT} {lora_label(lora)}": typed, f"{WITH} {lora_label(lora)}": {**typed, "lora": [lora]}}
+    arms = draw_arms(wanted, prompts, seeds, say)
+    jury.look_at(photos)
+    base = jury.judge(arms[0], None)
+    for line in _write(folder, arms, [base, jury.judge(arms[1], base)], jury, photos):
+        print(line)
+    return ExitCode.OK
+
+
+class _Jury:
+    """CLIP and DINO, as far as they are on the disk, and what they saw of the photos."""
+
+    def __init__(self, named: dict[str, str | None], typed: dict[str, Any], trigger: str | None, say: drawing.Say) -> None:
+        """Raises UserError for a judge that was named and cannot be had, and where there is none."""
+        from src.arguments import build_config
+        from src.evaluation import dino, likeness
+
+        config = build_config(typed)
+        self.trigger = trigger
+        self._folders: list[Path | None] = [None, user_path(named["dino"]) if named["dino"] else None]
+        if self._folders[1] is not None:
+            dino.check(self._folders[1])
+        try:
+            self._folders[0] = likeness.clip_folder(named["clip"], [config.model.model_id], config.paths.folder("cache"))
+        except UserError as error:
+            if named["clip"] is not None or self._folders[1] is None:
+                raise
+            say(f"scores  by DINO alone: {error}")
+        self.names = [folder.resolve().name for folder in self._folders if folder is not None]
+
+    def look_at(self, photos: Sequence[Path]) -> None:
+        """Load the judges, and show them the photos. Raises UserError."""
+        from src.evaluation import dino, likeness
+        from src.training.scores import some_photos
+
+        openers = likeness.open_clip, dino.Dino
+        self._clip, self._dino = (None if folder is None else opener(folder) for opener, folder in zip(openers, self._folders))
+        chosen = some_photos(photos)
+        self._photos = [
+            None if judge is None else self._see(chosen, judge.picture_features) for judge in (self._clip, self._dino)
+        ]
+        self.looked_at = len(chosen)
+
+    def of_photos(self) -> Figures:
+        """The photos among themselves: each pair of two."""
+        from src.evaluation.likeness import consistency
+
+        clip, dino = (None if seen is None else consistency(seen) for seen in self._photos)
+        return Figures(clip, None, dino, clip, dino)
+
+    def judge(self, arm: Arm, base: Figures | None) -> Figures:
+        """Both judges' figures of one arm; ``base`` is the other arm, to which the balance is relative."""
+        from src.evaluation.likeness import consistency
+        from src.training.scores import Score, balance, faithfulness, fidelity, shows_subject, without_trigger
+
+        texts = [shot.text for shot in arm.shots]
+        shown = shows_subject(texts, self.trigger)
+        likeness: list[list[float] | None] = []
+        spread: list[float | None] = []
+        clip_t = None
+        for judge, photos in zip((self._clip, self._dino), self._photos):
+            if judge is None:
+                likeness.append(None)
+                spread.append(None)
+                continue
+            seen = self._see(arm.paths, judge.picture_features)
+            likeness.append(fidelity(seen, photos).tolist())
+            spread.append(consistency(seen[shown]))
+            if judge is self._clip:
+                words = judge.text_features([without_trigger(text, self.trigger) for text in texts])
+                clip_t = faithfulness(seen, words).tolist()
+        clip_i, dino = (_mean(values, shown) for values in likeness)
+        score = Score(clip_i, _mean(clip_t))
+        relative = None if base is None else balance(score, Score(base.clip_i, base.clip_t))
+        each = zip(likeness[0] or likeness[1], clip_t or [None] * len(texts))
+        return Figures(clip_i, score.clip_t, dino, *spread, relative, tuple(each))
+
+    def _see(self, paths: Sequence[Path], see: Callable[..., Tensor]) -> Tensor:
+        from src.evaluation.likeness import features_of
+
+        return features_of(paths, see)
+
+
+def _mean(values: Sequence[float] | None, chosen: Sequence[bool] | None = None) -> float | None:
+    kept = [value for index, value in enumerate(values or []) if chosen is None or chosen[index]]
+    return sum(kept) / len(kept) if kept else None
+
+
+def _write(folder: Path, arms: Sequence[Arm], figures: Sequence[Figures], jury: _Jury, photos: Sequence[Path]) -> list[str]:
+    """The sheet, the figures and the report; returns the lines to print."""
+    from src import files, report
+    from src.evaluation import results
+    from src.evaluation.listing import text_table
+    from src.images import read_image
+
+    names = {
+        "clip_i": "CLIP-I", "dino": "DINO", "clip_t": "CLIP-T", "consistency": "consistency (CLIP)",
+        "dino_consistency": "consistency (DINO)", "balance": "balance",
+    }  # fmt: skip
+    labelled = {**{arm.label: own for arm, own in zip(arms, figures)}, "the photos among themselves": jury.of_photos()}
+    shown = [name for name in names if any(getattr(own, name) is not None for own in labelled.values())]
+    columns = ["", *(names[name] for name in shown)]
+    rows = [[label, *(getattr(own, name) for name in shown)] for label, own in labelled.items()]
+    captions = [["  ".join(_caption(*pair)) for pair in own.each] for own in figures]
+    result = {
+        "pictures": len(arms[0].shots), "photos": len(photos), "photos_looked_at": jury.looked_at, "judges": jury.names,
+        "trigger": jury.trigger,
+        "figures": {label: {name: getattr(own, name) for name in names} for label, own in labelled.items()},
+        "arms": [
+            [
+                shot.facts | {"file": str(shot.path.relative_to(folder)), "likeness": pair[0], "clip_t": pair[1]}
+                for shot, pair in zip(arm.shots, own.each)
+            ]
+            for arm, own in zip(arms, figures)
+        ],
+    }  # fmt: skip
+    pictures = f"{len(arms[0].shots)} pictures an arm, the same prompts and seeds"
+    head = f"{pictures}; {jury.looked_at} of {len(photos)} photos; judged by {' and '.join(jury.names)}"
+    gallery = [report.picture(read_image(path), max_px=_PHOTO_PX) for path in photos[:_SHOWN_PHOTOS]]
+    page = report.page(
+        f"Subject: {arms[1].label.removeprefix(WITH).strip()}",
+        report.text(head),
+        report.section("Figures", report.table(columns, rows), report.text(_ABOUT)),
+        report.section("Photos", report.gallery(gallery)),
+        report.section("Pictures", pictures_table(arms, captions)),
+    )
+    files.check_writable_folder(folder)
+    sheet = files.publish_bytes(folder / SHEET, sheet_of(arms, captions))
+    return [*text_table(columns, rows), str(sheet), str(results.publish(folder, "subject", result, page))]
+
+
+def _caption(likeness: float | None, clip_t: float | None) -> list[str]:
+    named = {"likeness": likeness, "prompt": clip_t}
+    return [f"{name} {value:.3f}" for name, value in named.items() if value is not None]
