@@ -22,6 +22,7 @@ from src.checkpoints import CheckpointFolder, read_manifest
 from src.cpu_kernels import CpuAttention, is_plain
 from src.diffusion import NoiseSchedule
 from src.errors import UserError
+from src.evaluation.checking import check
 from src.scratch import clip, vae
 from src.scratch.learning import Lesson, device_of, learn, precision_of
 from src.scratch.phases import Work
@@ -35,7 +36,7 @@ SCHEDULER = {
     "prediction_type": "epsilon", "steps_offset": 1,
 }  # fmt: skip
 SAMPLING = {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": True}
-JUDGED, SHOWN, SHOWN_STEPS, GUIDANCE = 256, 24, 20, 5.0
+JUDGED, CHECKED, SHOWN, SHOWN_STEPS, GUIDANCE = 256, 64, 24, 20, 5.0
 
 
 @dataclass
@@ -65,6 +66,7 @@ def learn_unet(work: Work, settings: ScratchSettings, terminal: Terminal) -> dic
     autoencoder = vae.read_vae(work).to(device, memory_format=torch.channels_last)
     training = gather(work, settings, "train", autoencoder, terminal)
     judging = gather(work, settings, "held-out", autoencoder, terminal)
+    scenes = read_pictures(work.result("scenes"), "held-out", CHECKED).scenes
     torch.manual_seed(settings.unet.seed)
     unet = build(settings.unet, training.embeddings.shape[-1], (training.latents.shape[1], training.latents.shape[-1]))
     unet = unet.to(device, memory_format=torch.channels_last)
@@ -88,8 +90,10 @@ def learn_unet(work: Work, settings: ScratchSettings, terminal: Terminal) -> dic
             loss_of(unet, judging, part, none[: len(part)], random, schedule, settings.unet, device) * len(part)
             for part in which.split(64)
         ]
-        pictures = sample(unet, autoencoder, judging, SHOWN, settings, device)
-        return {"held_out_loss": float(sum(losses)) / len(which)}, vae.strip(*pictures.split(8))
+        pictures = sample(unet, autoencoder, judging, len(scenes), settings, device)
+        right = [check(vae.strip(picture[None]), scene).all for picture, scene in zip(pictures, scenes)]
+        figures = {"held_out_loss": float(sum(losses)) / len(which), f"adherence_of_{len(scenes)}": sum(right) / len(right)}
+        return figures, vae.strip(*pictures[:SHOWN].split(8))
 
     lesson = Lesson("unet", unet, settings.unet, loss, judge, {"inputs": inputs})
     figures = learn(lesson, work.of("unet"), settings.machine, terminal)
@@ -155,7 +159,7 @@ def sample(
     unet: UNet2DConditionModel, autoencoder: torch.nn.Module, material: Material, count: int, settings: ScratchSettings,
     device: torch.device,
 ) -> Tensor:  # fmt: skip
-    """Pictures (count, 3, 128, 128) in [-1, 1] of the first captions, by the sampler that ships, always from the same noise."""
+    """Pictures (count, 3, 128, 128) in [-1, 1] of the first captions, by the sampler that ships, always the same noise."""
     scheduler = DPMSolverMultistepScheduler(**SCHEDULER, **SAMPLING)
     scheduler.set_timesteps(SHOWN_STEPS, device=device)
     latents = torch.randn((count, *material.latents.shape[1:]), generator=torch.Generator().manual_seed(1)).to(device)
