@@ -1,5 +1,6 @@
-"""Makes a U-Net that only draws faster on a CPU: weights lie as oneDNN reads them, and the feed-forward's gate is one with its
-products. Layers are exchanged in place by their class, so that adapters find them under their names; results stay equal.
+"""Makes a U-Net that only draws faster on a CPU: weights lie as oneDNN reads them, the feed-forward's gate is one with its
+products. Layers are exchanged in place by their class, so that adapters find them under their names. Results are the same to
+the precision: 2e-5 in fp32, 1 to 3 % in bf16, where both are so far from fp32.
 
 Seconds of one step of SD v1.5 at 512x512 with guidance, two threads of an AMD EPYC (Zen 5), torch 2.13:
 
@@ -46,7 +47,7 @@ def prepare_for_drawing(unet: UNet2DConditionModel, exchange_attention: bool = T
             module.__class__, module.proj.__class__ = FusedGeglu, GatedLinear
         elif type(module) is nn.Linear:
             module.__class__ = PackedLinear
-    _exchange_convolutions(unet)
+    _exchange_blocks(unet)
 
 
 def prepare_decoding(vae: AutoencoderKL) -> None:
@@ -56,17 +57,17 @@ def prepare_decoding(vae: AutoencoderKL) -> None:
         if type(module) is nn.SiLU:  # always of what a norm has just made; in a U-Net some are of what is needed again
             module.inplace = True
     if _can_work(vae):
-        _exchange_convolutions(vae)
+        _exchange_blocks(vae)
         for module in vae.modules():
             if isinstance(module, FusedResnetBlock2D):
-                module.may_overwrite_input = True  # in a U-Net, it goes over to the other side as well
+                module.may_overwrite_input = True  # a U-Net's is a skip connection, too
 
 
 def _can_work(model: nn.Module) -> bool:
     return CAN_PACK and (model.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _exchange_convolutions(model: nn.Module) -> None:
+def _exchange_blocks(model: nn.Module) -> None:
     for module in list(model.modules()):
         if type(module) is nn.Conv2d and _can_pack(module):
             module.__class__ = PackedConv2d
@@ -181,7 +182,7 @@ class PackedConv2d(_Packed, nn.Conv2d):
     def added_to(self, other: Tensor, x: Tensor, *, in_place: bool) -> Tensor:
         """``other + self(x)`` in one pass; ``in_place``: over ``other``. What an adapter adds in a hook is in it."""
         other = other.contiguous(memory_format=torch.channels_last)
-        if self._forward_hooks or not self._can_take(x) or other.dtype != x.dtype:
+        if self._forward_hooks or self._forward_pre_hooks or not self._can_take(x) or other.dtype != x.dtype:
             return other + self(x)
         x = x.contiguous(memory_format=torch.channels_last)
         (weight,) = self._packed(x)
@@ -204,17 +205,19 @@ class FastGroupNorm(nn.GroupNorm):
     """A group normalisation, and what mostly comes with it, in two passes over the memory."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return native.group_norm(x, self) if self._can_take(x) else super().forward(x)
+        return native.group_norm(x, self) if self._takes(x) else super().forward(x)
 
     def activated(self, x: Tensor, shift: Tensor | None = None, *, in_place: bool = False) -> Tensor:
         """``SiLU(norm(x + shift))``: x (B, C, h, w), shift (B, C); ``in_place``: over x, where that is possible."""
-        if self._can_take(x):
+        if not (self._forward_hooks or self._forward_pre_hooks) and self._takes(x, shift):
             return native.group_norm(x, self, shift=shift, with_silu=True, out=x if in_place else None)
-        x = x if shift is None else x + shift[:, :, None, None]
-        return F.silu(self(x), inplace=not x.requires_grad)
+        return F.silu(self(x if shift is None else x + shift[:, :, None, None]))
 
-    def _can_take(self, x: Tensor) -> bool:
-        return not (torch.is_grad_enabled() and x.requires_grad) and native.can_normalize(x, self)
+    def _takes(self, x: Tensor, shift: Tensor | None = None) -> bool:
+        """Whether the kernel does: it knows no gradients."""
+        parts = (x, shift, self.weight, self.bias)
+        learns = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts)
+        return not learns and native.can_normalize(x, self, shift)
 
 
 class FusedResnetBlock2D(ResnetBlock2D):
@@ -224,7 +227,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         x = self.conv1(self.norm1.activated(input_tensor))
-        shift = None if temb is None else self.time_emb_proj(self.nonlinearity(temb))
+        shift = None if self.time_emb_proj is None else self.time_emb_proj(self.nonlinearity(temb))
         x = self.norm2.activated(x, shift, in_place=True)
         other = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
         return self.conv2.added_to(other, x, in_place=self.may_overwrite_input or other is not input_tensor)
@@ -233,9 +236,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
 def _can_fuse(block: ResnetBlock2D) -> bool:
     """Whether it is the plain block of Stable Diffusion's U-Nets and VAEs."""
     parts = (block.norm1, block.norm2, block.conv1, block.conv2)
-    is_shifted = block.time_embedding_norm == "default" or (
-        block.time_embedding_norm == "group" and block.time_emb_proj is None
-    )
+    is_shifted = block.time_embedding_norm in (["default"] if block.time_emb_proj is not None else ["default", "group"])
     is_plain_kind = block.upsample is None and block.downsample is None and is_shifted
     return (
         is_plain_kind and isinstance(block.nonlinearity, nn.SiLU) and not block.skip_time_act and block.dropout.p == 0

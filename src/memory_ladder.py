@@ -132,7 +132,7 @@ class MemoryLadder:
         self._say(f"plan    {describe(plan)}")
         for note in plan.notes:
             self._say(f"plan    {note}")
-        if model.device.type == "cpu" and (problem := native.problem()):
+        if model.device.type == "cpu" and not options.enable_torch_compile and (problem := native.problem()):
             self._say(f"cpu     {problem}")
         if options.enable_torch_compile:
             self._say("compile the U-Net is compiled at the first step, which takes up to minutes")

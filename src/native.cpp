@@ -11,7 +11,8 @@
 #include <memory>
 #include <new>
 #include <omp.h>
-#include <vector>
+#include <type_traits>
+#include <utility>
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
@@ -52,9 +53,10 @@ template <class Operation> float reduced(Floats x, Operation operation) {
     return lanes[0];
 }
 
-// 2^x to a relative 2e-7: the whole part goes into the exponent, the rest through a polynomial. Not a number stays that.
+// 2^x to a relative 2e-7: the whole part goes into the exponent, the rest through a polynomial. NaN stays NaN.
 Floats exp2_of(Floats x) {
 #ifdef __AVX512F__
+    x = x < -200.0f ? all(-200.0f) : x;  // of minus infinity nothing would be left to take the fraction of
     const Floats whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
     x = x < -126.0f ? all(-126.0f) : x > 127.0f ? all(127.0f) : x;
@@ -104,13 +106,13 @@ struct Sizes { int64_t batch, heads, queries, keys, width; };
 
 int64_t rounded_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
-// One head's keys and values as the products read them. Keys: [S / LANES][width / PACK][LANES][PACK], values:
+// How one head's keys and values lie for the products. Keys: [S / LANES][width / PACK][LANES][PACK], values:
 // [S / PACK][padded width][PACK]; the keys are filled up with zeros to whole pairs of vectors.
-template <class T> struct Packed {
+template <class T> struct PackedHead {
     using Element = typename T::Element;
     int64_t keys, width, padded_keys, padded_width;
 
-    Packed(int64_t keys, int64_t width)
+    PackedHead(int64_t keys, int64_t width)
         : keys(keys), width(width), padded_keys(rounded_up(keys, 2 * LANES)), padded_width(rounded_up(width, LANES)) {}
 
     int64_t size() const { return padded_keys * (width + padded_width); }
@@ -141,7 +143,7 @@ template <class T> struct Tile {
 
     Tile() { std::fill(most, most + ROWS, -std::numeric_limits<float>::infinity()); }
 
-    // Scores of two vectors of keys. A function of its own, as the next two: together they would run out of registers.
+    // Scores of two vectors of keys. Not inlined, as the next two: together they would need more registers than there are.
     [[gnu::noinline]] void score(const Element* keys, int64_t width, float* to) const {
         constexpr int64_t PACK = T::PACK;
         Floats sums[ROWS][2] = {};
@@ -163,7 +165,7 @@ template <class T> struct Tile {
     // The scores of one row become weights; what the row has come to follows a new highest score.
     [[gnu::noinline]] void exponentiate(int64_t r, int64_t valid, int64_t count, float factor, int64_t width) {
         float* const row = scores + r * BLOCK;
-        std::fill(row + valid, row + count, -1e30f);  // weigh nothing
+        std::fill(row + valid, row + count, -std::numeric_limits<float>::infinity());  // weigh nothing
         Floats highest = all(most[r]);
         for (int64_t at = 0; at < count; at += LANES) {
             const Floats next = read<Floats>(row + at);
@@ -179,7 +181,7 @@ template <class T> struct Tile {
         }
         Floats sum{};
         for (int64_t at = 0; at < count; at += LANES) {
-            const Floats weight = exp2_of(read<Floats>(row + at) * factor - most[r] * factor);
+            const Floats weight = exp2_of((read<Floats>(row + at) - most[r]) * factor);
             sum += weight;
             T::store(weights + r * BLOCK + at, weight);
         }
@@ -213,7 +215,7 @@ template <class T> struct Tile {
 // Attention of up to ROWS queries of one head, by blocks of keys with a running maximum (Dao et al. 2022, arXiv 2205.14135).
 template <class T>
 void attend_rows(const typename T::Element* query, int64_t query_stride, int64_t rows, const typename T::Element* packed,
-                 const Packed<T>& sizes, float factor, typename T::Element* out, int64_t out_stride) {
+                 const PackedHead<T>& sizes, float factor, typename T::Element* out, int64_t out_stride) {
     using Element = typename T::Element;
     const int64_t width = sizes.width, padded = sizes.padded_width;
     const Element* const values = packed + sizes.padded_keys * width;
@@ -243,12 +245,12 @@ void attend_rows(const typename T::Element* query, int64_t query_stride, int64_t
 template <class T>
 int attend(const void* query, const void* key, const void* value, void* out, const Strides* strides, const Sizes& sizes) {
     using Element = typename T::Element;
-    const auto [of_query, of_key, of_value, of_out] = std::make_tuple(strides[0], strides[1], strides[2], strides[3]);
+    const Strides &of_query = strides[0], &of_key = strides[1], &of_value = strides[2], &of_out = strides[3];
     const auto at = [&](auto* base, const Strides& by, int64_t head) {
         using Same = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(base)>>, const Element, Element>;
         return static_cast<Same*>(base) + head / sizes.heads * by.batch + head % sizes.heads * by.head;
     };
-    const Packed<T> packed(sizes.keys, sizes.width);
+    const PackedHead<T> packed(sizes.keys, sizes.width);
     const int64_t heads = sizes.batch * sizes.heads, head_bytes = rounded_up(packed.size() * sizeof(Element), 64);
     auto* const storage = static_cast<unsigned char*>(std::aligned_alloc(64, heads * head_bytes));
     if (storage == nullptr) return 1;
@@ -291,11 +293,14 @@ void scales_of(const Norm& norm, const double* sums, const double* squares, cons
                float* scale, float* offset) {
     const auto number = [](const typename T::Element* from, int64_t i) {
         if (from == nullptr) return 0.0f;
-        if constexpr (sizeof *from == 4) return from[i];
-        const std::uint32_t bits = static_cast<std::uint32_t>(from[i]) << 16;
-        return read<float>(&bits);
+        if constexpr (sizeof *from == 4) {
+            return from[i];
+        } else {
+            const std::uint32_t bits = static_cast<std::uint32_t>(from[i]) << 16;
+            return read<float>(&bits);
+        }
     };
-    const auto [weight, bias, shift] = std::make_tuple(parameters[0], parameters[1], parameters[2]);
+    const auto *const weight = parameters[0], *const bias = parameters[1], *const shift = parameters[2];
     const int64_t size = norm.channels / norm.groups;
     for (int64_t group = 0; group < norm.groups; ++group) {
         double sum = 0, square = 0;
@@ -317,9 +322,10 @@ template <class T>
 int normalize(const void* x, void* out, const void* weight, const void* bias, const void* shift, const Norm& norm) {
     using Element = typename T::Element;
     const int64_t channels = norm.channels, threads = omp_get_max_threads();
-    std::unique_ptr<double[]> partial(new (std::nothrow) double[threads * channels * 2]);
-    std::unique_ptr<float[]> scales(new (std::nothrow) float[threads * channels * 2]);
-    if (!partial || !scales) return 1;
+    const std::unique_ptr<double[]> partial(new (std::nothrow) double[threads * channels * 2]);
+    const std::unique_ptr<double[]> totals(new (std::nothrow) double[threads * channels * 2]);
+    const std::unique_ptr<float[]> scales(new (std::nothrow) float[threads * channels * 2]);
+    if (!partial || !totals || !scales) return 1;
 #pragma omp parallel num_threads(threads)
     {
         const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
@@ -337,14 +343,15 @@ int normalize(const void* x, void* out, const void* weight, const void* bias, co
                 }
             }
 #pragma omp barrier
-            std::vector<double> sums(channels * 2, 0.0);
+            double* const sums = totals.get() + thread * channels * 2;
+            std::fill(sums, sums + channels * 2, 0.0);
             for (int64_t other = 0; other < team; ++other) {
                 for (int64_t i = 0; i < channels * 2; ++i) sums[i] += partial[other * channels * 2 + i];
             }
 #pragma omp barrier  // before anybody's sums are those of the next picture
             const Element* const by = shift ? static_cast<const Element*>(shift) + picture * channels : nullptr;
             const Element* const parameters[] = {static_cast<const Element*>(weight), static_cast<const Element*>(bias), by};
-            scales_of<T>(norm, sums.data(), sums.data() + channels, parameters, scale, scale + channels);
+            scales_of<T>(norm, sums, sums + channels, parameters, scale, scale + channels);
             for (int64_t pixel = first; pixel < last; ++pixel) {
                 for (int64_t c = 0; c < channels; c += LANES) {
                     const int64_t i = pixel * channels + c;

@@ -119,7 +119,6 @@ def test_two_files_write_and_nothing_is_unpickled(path: Path) -> None:
         "files",
         "folders",
         "bench.openvino_side",
-        "bench.sdcpp_side",
     }  # a file; a folder and its lock; elsewhere
 
 

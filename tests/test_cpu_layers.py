@@ -6,17 +6,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from diffusers.models.activations import GEGLU
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from src import cpu_layers
 from src.config import OptimizationConfig
 from src.cpu_kernels import CpuAttention
-from src.cpu_layers import FusedGeglu, GatedLinear, PackedConv2d, PackedLinear, prepare_for_drawing
+from src.cpu_layers import (
+    FusedGeglu,
+    FusedResnetBlock2D,
+    GatedLinear,
+    PackedConv2d,
+    PackedLinear,
+    prepare_decoding,
+    prepare_for_drawing,
+)
 from src.lora.reading import read_adapter
 from src.lora.stack import AdapterStack
 from src.memory_prediction import CPU
-from src.optimizations import apply
+from src.optimizations import apply, set_vae_tiling
 from tests.tiny import pipelines
 from tests.tiny.adapters import (
     assert_identical,
@@ -143,3 +153,75 @@ def test_a_plan_for_the_cpu_packs_unless_a_switch_stands_against_it(switches, at
     apply(pipeline, CPU, OptimizationConfig(**switches), torch.device("cpu"))
     assert any(isinstance(module, PackedLinear) for module in pipeline.unet.modules()) == packs
     assert any(isinstance(item, CpuAttention) for item in pipeline.unet.attn_processors.values()) == attention
+
+
+def a_vae(dtype: torch.dtype) -> AutoencoderKL:
+    """Wide enough for the group norm in C++."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=8, layers_per_block=1, sample_size=32,
+    )  # fmt: skip
+    return vae.to(dtype).eval()
+
+
+@needs_packing
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("mode", ["whole", "tiled", "sliced"])
+def test_a_vae_encodes_and_decodes_the_same_and_leaves_its_inputs_alone(mode: str, dtype: torch.dtype) -> None:
+    plain, prepared = a_vae(dtype), a_vae(dtype)
+    prepare_decoding(prepared)
+    assert any(isinstance(module, FusedResnetBlock2D) for module in prepared.decoder.up_blocks.modules())
+    pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    latents = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(2)).to(dtype)
+    for vae in (plain, prepared):
+        if mode == "tiled":
+            set_vae_tiling(vae, True)
+            vae.tile_sample_min_size, vae.tile_latent_min_size = 32, 16
+        elif mode == "sliced":
+            vae.enable_slicing()
+    kept = pixels.clone(), latents.clone()
+    with torch.no_grad():
+        assert_close(prepared.decode(latents).sample.float(), plain.decode(latents).sample.float(), dtype)
+        assert_close(prepared.encode(pixels).latent_dist.mean.float(), plain.encode(pixels).latent_dist.mean.float(), dtype)
+    assert torch.equal(pixels, kept[0])
+    assert torch.equal(latents, kept[1])
+
+
+@needs_packing
+def test_gradients_go_through_a_prepared_block_whoever_needs_them() -> None:
+    """Also where only the time needs one: SDXL's pooled text comes in there."""
+    block, plain = (ResnetBlock2D(in_channels=16, out_channels=32, temb_channels=24, groups=4).eval() for _ in range(2))
+    plain.load_state_dict(block.state_dict())
+    holder = nn.Module()
+    holder.block, holder.dtype = block.requires_grad_(False), torch.float32
+    cpu_layers._exchange_blocks(holder)
+    assert isinstance(block, FusedResnetBlock2D)
+    x, time = noise(2, 16, 8, 8), noise(2, 24)
+    for of_x, of_time in ((False, True), (True, False), (True, True)):
+        grads = []
+        for one in (block, plain.requires_grad_(False)):
+            inputs = x.clone().requires_grad_(of_x), time.clone().requires_grad_(of_time)
+            one(*inputs).square().sum().backward()
+            grads.append([part.grad for part in inputs if part.requires_grad])
+        assert all(torch.allclose(mine, torchs, rtol=1e-3, atol=1e-3) for mine, torchs in zip(*grads))
+
+
+@needs_packing
+def test_hooks_in_a_fused_block_are_called() -> None:
+    block = ResnetBlock2D(in_channels=16, out_channels=16, temb_channels=None, groups=4).eval()
+    cpu_layers._exchange_blocks(nn.ModuleList([block]))
+    called = []
+    for name in ("norm1", "conv1", "norm2", "conv2"):
+        module = getattr(block, name)
+        module.register_forward_hook(lambda *_, name=name: called.append(f"{name} after"))
+        module.register_forward_pre_hook(lambda *_, name=name: called.append(f"{name} before"))
+    with torch.no_grad():
+        block(noise(1, 16, 4, 4), None)
+    assert sorted(called) == sorted(
+        f"{name} {when}" for name in ("norm1", "conv1", "norm2", "conv2") for when in ("before", "after")
+    )
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)))

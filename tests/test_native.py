@@ -14,10 +14,8 @@ import torch.nn.functional as F
 from src import cpu_kernels, native
 
 needs_native = pytest.mark.skipif(native._load()[0] is None, reason="needs a C++ compiler on x86-64 Linux")
-PRECISIONS = [
-    torch.float32,
-    pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not native._knows(torch.bfloat16), reason="AVX512-BF16")),
-]
+HAS_BF16 = native._load()[0] is not None and bool(native._load()[0].knows_bf16()) and not native._HAS_AMX
+PRECISIONS = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not HAS_BF16, reason="needs AVX512-BF16"))]
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 6e-3}  # relative, of the whole; bf16 has 8 bits
 
 
@@ -86,17 +84,26 @@ def test_any_strides_are_read() -> None:
 def test_what_cannot_be_attended_is_said() -> None:
     part = noise(1, 2, 8, 16)
     assert native.can_attend(part, part, part)
-    wrong = [
-        part.double(),
-        part.half(),
-        part.transpose(2, 3),
-        noise(1, 2, 8, 15),
-        noise(1, 2, 8, 258),
-        noise(1, 2, 0, 16),
-        part.to("meta"),
-    ]
-    assert not any(native.can_attend(one, one, one) for one in wrong)
-    assert not native.can_attend(part, part.double(), part)
+    alike = [part.double(), part.half(), part.transpose(2, 3), part.to("meta"), part[0]]
+    alike += [noise(1, 2, *sizes) for sizes in ((8, 15), (8, 258), (0, 16))]
+    assert not any(native.can_attend(one, one, one) for one in alike)
+    two = noise(2, 2, 8, 16)
+    for query, key, value in (
+        (part, part.double(), part), (two, part, part), (part, part, noise(1, 2, 7, 16)), (part, part, noise(1, 2, 8, 8)),
+        (part, noise(1, 2, 8, 14), noise(1, 2, 8, 14)), (part, part[:, :1], part[:, :1]),
+    ):  # fmt: skip
+        assert not native.can_attend(query, key, value)
+
+
+@needs_native
+def test_scores_of_any_height_are_weighed() -> None:
+    """What exceeds single precision's whole numbers, and what lies below any padding."""
+    query, key, value = (noise(1, 2, size, 16, seed=size) for size in (9, 77, 77))
+    for parts in ((1e5 * query, 1e5 * key, value), (torch.full_like(query, 1e16), torch.full_like(key, -1e15), value)):
+        mine, reference = native.attend(*parts), F.scaled_dot_product_attention(*(part.double() for part in parts))
+        torchs = F.scaled_dot_product_attention(*parts)
+        assert mine.isfinite().all()
+        assert_close(mine, reference, torch.float32, torchs)
 
 
 @needs_native
@@ -136,6 +143,11 @@ def test_what_cannot_be_normalized_is_said() -> None:
     assert not native.can_normalize(x.double(), layer)
     assert not native.can_normalize(x, layer.bfloat16())
     assert not native.can_normalize(x, torch.nn.GroupNorm(4, 32, affine=False))
+    assert not native.can_normalize(x, torch.nn.GroupNorm(4, 16))
+    assert native.can_normalize(x, torch.nn.GroupNorm(4, 32), noise(1, 32))
+    two = noise(2, 32, 4, 4).contiguous(memory_format=torch.channels_last)
+    assert not native.can_normalize(two, torch.nn.GroupNorm(4, 32), noise(1, 32))
+    assert not native.can_normalize(x, torch.nn.GroupNorm(4, 32), noise(1, 32).bfloat16())
     assert not native.can_normalize(noise(1, 24, 4, 4).contiguous(memory_format=torch.channels_last), torch.nn.GroupNorm(4, 24))
 
 
@@ -190,7 +202,7 @@ def test_a_damaged_library_is_compiled_anew(unloaded: Path, monkeypatch) -> None
 
 def test_without_a_compiler_torch_draws_the_same(unloaded: Path, monkeypatch) -> None:
     monkeypatch.setenv("PATH", str(unloaded))
-    if native._is_offered():
+    if native._is_offered(native._processor_features()):
         assert "no C++ compiler is installed" in native.problem()
     parts = [noise(1, 2, 8, 16, seed=i) for i in range(3)]
     assert not native.can_attend(*parts)
@@ -198,17 +210,52 @@ def test_without_a_compiler_torch_draws_the_same(unloaded: Path, monkeypatch) ->
 
 
 @needs_native
-def test_a_compiler_that_fails_is_named_with_its_error(unloaded: Path, monkeypatch) -> None:
-    broken = unloaded / "c++"
-    broken.write_text(
-        "#!/bin/sh\necho 'native.cpp:1:1: warning: x' >&2; echo 'native.cpp:2:3: error: no such thing' >&2; exit 1\n"
-    )
+def test_a_compiler_that_fails_is_named_once_with_its_error(unloaded: Path, monkeypatch) -> None:
+    broken = unloaded / "g++"
+    broken.write_bytes(b"#!/bin/sh\nprintf 'x.cpp:1: warning: \\377\\nx.cpp:2:3: error: no such thing\\n' >&2; exit 1\n")
     broken.chmod(broken.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv("PATH", f"{unloaded}:/usr/bin:/bin")
-    assert (
-        native.problem()
-        == "c++ did not compile the kernels (native.cpp:2:3: error: no such thing); torch's own draw, more slowly"
-    )
+    said = "did not compile the kernels (x.cpp:2:3: error: no such thing); torch's own draw, a little slower"
+    assert native.problem() == f"{broken} {said}"
+    native._load.cache_clear()
+    monkeypatch.setattr(native, "_build", lambda *_: pytest.fail("tried again"))
+    assert f"{broken} could not compile the kernels when it was tried; delete " in native.problem()
+    broken.unlink()  # another compiler is another matter
+    native._load.cache_clear()
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(unloaded / "cache"))
+    assert native.problem() is None
+
+
+@needs_native
+def test_what_others_could_have_written_is_not_run(unloaded: Path, monkeypatch) -> None:
+    assert native.problem() is None
+    folder = unloaded / "cache" / "text-to-image"
+    (library,) = folder.iterdir()
+    built = []
+    monkeypatch.setattr(native, "_build", lambda *arguments, build=native._build: built.append(1) or build(*arguments))
+    for path, mode in ((library, 0o666), (folder, 0o777)):
+        before = path.stat().st_mode
+        path.chmod(mode)
+        native._load.cache_clear()
+        assert native.problem() is None
+        path.chmod(before)
+    assert len(built) == 2
+
+
+def test_a_user_without_a_home_and_a_relative_cache_are_no_obstacle(unloaded: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "somewhere")
+    monkeypatch.setattr(native.os.path, "expanduser", lambda path: path)
+    assert native._cache_folder() is None
+    assert native.problem() is None or "compiler" in native.problem()
+    assert not Path("somewhere").exists()
+
+
+@pytest.mark.parametrize("missing", ["_processor_features", "_threading_library"])
+def test_what_nobody_can_change_is_not_said(missing: str, unloaded: Path, monkeypatch) -> None:
+    monkeypatch.setattr(native, missing, lambda: "" if missing == "_processor_features" else None)
+    assert native.problem() is None
+    assert not native.can_attend(*[noise(1, 1, 4, 4)] * 3)
 
 
 @needs_native
@@ -226,7 +273,6 @@ def test_it_can_be_switched_off() -> None:
 
 
 @needs_native
-@pytest.mark.skipif(native._load()[0] is None or "avx2" not in native._processor_features(), reason="needs AVX2")
 def test_the_build_for_older_processors_computes_the_same(unloaded: Path, monkeypatch) -> None:
     """Eight lanes, no bf16."""
     monkeypatch.setattr(
