@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -14,9 +16,13 @@ from PIL import Image
 
 from src import finetune
 from src.config import AppConfig
+from src.dataset import read_dataset
 from src.errors import ExitCode
 from src.finetune_config import FinetuneConfig
 from src.generator import TextToImageGenerator
+from src.training.batches import Feeder, versions_of
+from src.training.latent_cache import Latents
+from src.training.text_cache import Text
 from tests.tiny import finetuning, training
 
 # What each part holds, by the names of diffusers' modules; written down a second time, by hand.
@@ -49,7 +55,19 @@ def last_error(capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.mark.parametrize("part", list(EXPECTED))
 def test_each_part_changes_exactly_what_it_names(part: str, data: Path, models: dict[str, Path], tmp_path: Path) -> None:
-    settings = ("--max_steps", "2", "--lr", "1e-2", "--weight_decay", "1", "--no-samples", "--gradient_accumulation", "1")
+    settings = (
+        "--max_steps",
+        "2",
+        "--lr",
+        "1e-2",
+        "--weight_decay",
+        "1",
+        "--mixed_precision",
+        "bf16",
+        "--no-samples",
+        "--gradient_accumulation",
+        "1",
+    )
     assert finetuning.run(data, models["sd1"], tmp_path / "out", "--train", part, *settings) == 0
     before, after = finetuning.unet(models["sd1"]), finetuning.unet(tmp_path / "out" / "final")
     assert before.keys() == after.keys()
@@ -82,9 +100,7 @@ def test_the_model_is_loaded_by_diffusers_and_by_the_generator(
             TextToImageGenerator(config).generate("sks", seed=1, num_inference_steps=2, width=64, height=64)[0].tobytes()
         )
     assert drawn["base"] != drawn["final"]
-    pipeline = (StableDiffusionXLPipeline if kind == "sdxl" else StableDiffusionPipeline).from_pretrained(
-        final, torch_dtype=torch.float32
-    )
+    pipeline = (StableDiffusionXLPipeline if kind == "sdxl" else StableDiffusionPipeline).from_pretrained(final)
     ours = safetensors.torch.load_file(final / "text_encoder" / "model.safetensors")
     live = {f"text_model.{name}": tensor for name, tensor in pipeline.text_encoder.state_dict().items()}
     assert all(torch.equal(live[name], tensor.float()) for name, tensor in ours.items())
@@ -160,6 +176,31 @@ def test_a_table_of_captions(style: str, models: dict[str, Path], tmp_path: Path
     assert "12 of 4 pictures" in said
     assert "12 steps of 1 picture, 12 batches an epoch" in said
     assert (tmp_path / "out" / "checkpoint-12").is_dir()
+
+
+def test_versions_are_encoded_once_and_all_are_learnt(data: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    """Four pictures in three versions, each mirrored, too; and a visit draws any of them."""
+    settings = ("--max_steps", "1", "--train", "mid", "--crop", "0.3", "--versions", "3", "--flip", "--no-samples")
+    assert finetuning.run(data, models["sd1"], tmp_path / "out", *settings) == 0
+    files = [safetensors.torch.load_file(path) for path in (tmp_path / "cache" / "training").rglob("*.safetensors")]
+    means = [tensors["mean"] for tensors in files if "mean" in tensors]
+    assert len(means) == 24
+    assert len({tuple(mean.flatten().tolist()) for mean in means}) > 20  # a cut of less than a pixel is none
+
+    train = FinetuneConfig(crop=0.3, versions=3)
+    found = read_dataset(data, training.SIZE_PX, step_px=16, buckets=False, validation_every=0)
+    asked = []
+    latents = SimpleNamespace(
+        get=lambda example, flip: asked.append(example.version) or Latents(torch.zeros(4, 8, 8), torch.zeros(4, 8, 8))
+    )
+    texts = SimpleNamespace(chunks=lambda caption: 1, get=lambda caption, chunks: Text(torch.zeros(77, 32)))
+    feeder = Feeder(found, (), latents, texts, train, timestep_count=1000)
+    for index in range(60):
+        feeder.batch(index)
+    assert len(set(asked)) == 1 + 4 * 2
+    example = versions_of(replace(found.train[0], crop_top_left=(2, 0)), train)[1]
+    cut = example.version
+    assert example.crop_top_left[0] == round((2 + 64 * (1 - cut.kept) * cut.top) / cut.kept)
 
 
 def test_held_out_pictures_are_judged_at_fixed_noise_and_not_too_many(models: dict[str, Path], tmp_path: Path, capsys) -> None:

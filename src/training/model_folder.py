@@ -40,7 +40,7 @@ def model_contents(model: LoadedModel, unet: Mapping[str, Tensor], say: Callable
         if largest := next((key for key, item in tensors.items() if item.abs().max() > LARGEST_FP16), None):
             say(f"save    {name}.{largest} is beyond the range of fp16; the {name} is saved in fp32")
             dtype = torch.float32
-        contents[f"{name}/config.json"] = _config(part, dtype)
+        contents[f"{name}/config.json"] = _config(part)
         contents[f"{name}/{WEIGHT_STEMS[name]}.safetensors"] = streamed(tensors, dtype)
     scheduler = json.loads(pipeline.scheduler.to_json_string()) | {
         key: model.scheduler_config[key] for key in ("rescale_betas_zero_snr",) if key in model.scheduler_config
@@ -57,11 +57,12 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return dict(tensors)
 
 
-def _config(part: Any, dtype: torch.dtype) -> bytes:
+def _config(part: Any) -> bytes:
     """A component's configuration, without the path that it was loaded from."""
     if hasattr(part, "to_json_string"):  # diffusers
         return _json({key: value for key, value in json.loads(part.to_json_string()).items() if key != "_name_or_path"})
-    facts = {**json.loads(part.config.to_json_string()), "dtype": str(dtype).removeprefix("torch.")}
+    # Transformers loads in the precision that stands here and diffusers in fp32: plain pipelines want both to be the same.
+    facts = {**json.loads(part.config.to_json_string()), "dtype": "float32"}
     return _json({key: value for key, value in facts.items() if key != "_name_or_path"})
 
 
