@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +16,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
-from src import finetune
+from src import files, finetune
 from src.config import AppConfig
 from src.dataset import read_dataset
 from src.errors import ExitCode
@@ -23,7 +25,9 @@ from src.generator import TextToImageGenerator
 from src.training.batches import Feeder, versions_of
 from src.training.latent_cache import Latents
 from src.training.text_cache import Text
+from tests import original_layout
 from tests.tiny import finetuning, training
+from tests.tiny.faults import in_child
 
 # What each part holds, by the names of diffusers' modules; written down a second time, by hand.
 EXPECTED = {
@@ -110,6 +114,42 @@ def test_the_model_is_loaded_by_diffusers_and_by_the_generator(
     picture = pipeline("sks", num_inference_steps=2, guidance_scale=7.5, latents=noise, width=64, height=64).images[0].tobytes()
     assert max(abs(one - other) for one, other in zip(picture, drawn["final"])) <= 2
     assert finetuning.run(data, final, tmp_path / "again", "--max_steps", "1", "--train", "mid", "--no-samples") == 0
+
+
+def test_a_single_file_becomes_a_model_folder(data: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    """What did not learn is read again from the original layout, and has its very bits."""
+    base = StableDiffusionPipeline.from_pretrained(models["sd1"], torch_dtype=torch.float16)
+    file = original_layout.write(tmp_path / "tiny.safetensors", base)
+    settings = ("--set", f"model.architecture={models['sd1']}", "--max_steps", "1", "--train", "mid", "--mixed_precision", "bf16", "--no-samples")  # fmt: skip
+    assert finetuning.run(data, file, tmp_path / "out", *settings) == 0
+    before, after = finetuning.unet(models["sd1"]), finetuning.unet(tmp_path / "out" / "final")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before if not name.startswith("mid_block."))
+
+
+def test_a_killed_run_goes_on_with_the_same_bits(data: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    """Killed while its second checkpoint is being written, file by file."""
+    common = ("--max_steps", "2", "--checkpoint_steps", "1", "--train", "mid", "--no-samples", "--gradient_accumulation", "1")
+    assert finetuning.run(data, models["sd1"], tmp_path / "whole", *common) == 0
+
+    def killed() -> None:
+        real, calls = files.write_flushed, []
+
+        def write(path: Path, content: bytes | files.Stream) -> None:
+            calls.append(path.name)
+            if calls.count("optimizer.safetensors") == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(path, content)
+
+        files.write_flushed = write
+        finetuning.run(data, models["sd1"], tmp_path / "cut", *common)
+
+    torch.set_num_threads(1)
+    assert in_child(killed) == -signal.SIGKILL
+    assert not (tmp_path / "cut" / "checkpoint-2").exists()
+    assert finetuning.resume(data, tmp_path / "cut") == 0
+    assert training.equal(*(training.state(tmp_path / run / "checkpoint-2") for run in ("whole", "cut")))
+    assert training.equal(*(finetuning.unet(tmp_path / run / "final") for run in ("whole", "cut")))
 
 
 def test_a_resumed_run_ends_with_the_same_bits(data: Path, models: dict[str, Path], tmp_path: Path) -> None:
