@@ -119,6 +119,17 @@ def load(config: AppConfig) -> LoadedModel:
     return LoadedModel(pipeline, family, source.name, folder, weights_path, vae_name, device, dtype, scheduler_config)
 
 
+def unet_tensors(model: LoadedModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The U-Net's tensors once more from its files, whatever became of the loaded ones. Raises UserError (refused)."""
+    unet, path = model.pipeline.unet, model.weights_path
+    if path.parent != model.config_folder / "unet":  # a single file in the original layout
+        tensors = _read(path, dtype, (_NETWORKS[0],))
+        return model_weights.renamed_from_checkpoint("unet", unet, tensors)
+    files = _weight_files(path.parent, "unet", model.dtype)
+    tensors = {name: tensor for file in files for name, tensor in _read(file, dtype).items()}
+    return model_weights.renamed(tensors, unet.state_dict())
+
+
 def pick_device(name: str) -> torch.device:
     """``auto`` -> the first of cuda, mps and cpu that torch finds. Raises UserError (usage) for one that is not there."""
     check_machine(ModelConfig(device=name))

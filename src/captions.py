@@ -3,7 +3,8 @@
 The nearer source wins: ``NAME.txt`` or ``NAME.caption`` beside ``NAME.png``; then ``metadata.jsonl`` or ``metadata.csv`` of
 the picture's folder or one above it (``file_name`` and ``text``, ``caption`` or ``captions``); then a folder ``10_sks dog``,
 whose name is the caption. A picture may have several captions: one a line in a sidecar file, a list or several rows in
-metadata. All text is UTF-8, and all that is not is named at once, before anything else is done.
+metadata. A table of captions (`read_caption_table`) stands for all of these. All text is UTF-8, and all that is not is named
+at once, before anything else is done.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from src.errors import refused
 
 SIDECAR_SUFFIXES = (".txt", ".caption")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
+TABLE_NAMES = ("results.csv", "captions.csv", "captions.txt")  # of Flickr30k and Flickr8k
+_TABLE_PICTURE = ("image", "image_name", "file_name", "filename")
+_TABLE_CAPTION = ("caption", "comment", "text", "sentence")
 MAX_SIDECAR_BYTES = 64 << 10
 MAX_METADATA_BYTES = 512 << 20
 _SHOWN_PROBLEMS = 20
@@ -83,6 +87,73 @@ def find_captions(folder: Path, pictures: Sequence[Path], is_file: Callable[[Pat
         found.notes.append(f"pictures with several captions: {several} (each line of a .txt file is one)")
     found.notes = list(map(printable, found.notes))
     return found
+
+
+def find_caption_table(folder: Path) -> Path | None:
+    """A table of captions that lies in a folder by one of the usual names."""
+    return next((folder / name for name in TABLE_NAMES if (folder / name).is_file()), None)
+
+
+def read_caption_table(table: Path, folder: Path, pictures: Sequence[Path]) -> tuple[dict[Path, tuple[str, ...]], list[str]]:
+    """The captions of the pictures below ``folder`` that a table names, in its order, and notes.
+
+    A caption a line, several lines a picture: ``image,caption`` (CSV) or ``image_name| comment_number| comment``, and such a
+    first line.
+
+    A picture is named by its path from the folder or the table, or by its file name. Raises UserError (refused) for a file
+    that is no such table, or names none of the pictures.
+    """
+    problems: list[str] = []
+    text = _read_text(table, MAX_METADATA_BYTES, problems)
+    if problems:
+        raise refused(f"captions cannot be read: {printable(problems[0])}; save them as UTF-8 text")
+    by_name = {_key(Path(picture.name)): picture for picture in pictures}
+    by_path = {_key(picture): picture for picture in pictures}
+    found: dict[Path, list[str]] = {}
+    strangers: set[str] = set()
+    broken: list[int] = []
+    for line, name, caption in _table_rows(table, text):
+        if not name or not clean(caption):
+            broken.append(line)
+            continue
+        paths = (_key(parent / name) for parent in (folder, table.parent))
+        picture = next((by_path[path] for path in paths if path in by_path), None) or by_name.get(_key(Path(Path(name).name)))
+        found.setdefault(picture, []).append(caption) if picture else strangers.add(name)
+    if not found:
+        raise refused(f"{table}: names none of the pictures in {folder}; check --dataset_dir and --captions_file")
+    notes = [f"captions from {table.name}: {sum(map(len, found.values())):,} of {len(found):,} pictures"]
+    if broken:
+        notes.append(f"{table.name}: {len(broken)} lines without picture or caption are left out, first line {broken[0]}")
+    if strangers:
+        notes.append(f"{table.name} names pictures that are not there: {len(strangers)}, first {min(strangers)}")
+    return {picture: _unique(captions) for picture, captions in found.items()}, list(map(printable, notes))
+
+
+def _table_rows(table: Path, text: str) -> Iterator[tuple[int, str, str]]:
+    """(line, picture, caption) of each line; both are "" where the line has too few columns."""
+    first = text.partition("\n")[0]
+    delimiter = next((sign for sign in "|\t;" if sign in first), ",")
+    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting)
+    try:
+        head = [clean(column).lower() for column in next(reader, [])]
+        picture = next((head.index(name) for name in _TABLE_PICTURE if name in head), None)
+        caption = next((head.index(name) for name in _TABLE_CAPTION if name in head), None)
+        if picture is None or caption is None:
+            raise refused(
+                f"{table}: its first line names no picture ({', '.join(_TABLE_PICTURE)}) and caption "
+                f"({', '.join(_TABLE_CAPTION)}); write image,caption as the first line"
+            )
+        for row in reader:
+            if len(row) <= max(picture, caption):
+                if row:
+                    yield reader.line_num, "", ""
+                continue
+            # A caption with a delimiter of its own, unquoted, goes on to the end of the line where it is the last column.
+            words = delimiter.join(row[caption:]) if caption == len(head) - 1 else row[caption]
+            yield reader.line_num, row[picture].strip().replace("\\", "/"), words
+    except csv.Error as error:
+        raise refused(f"{table}: line {reader.line_num} is no line of a table ({error}); save it as CSV") from None
 
 
 def repeats_of(folder: Path, picture: Path) -> int:

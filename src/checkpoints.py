@@ -19,6 +19,7 @@ from typing import Any
 
 from src import files, folders
 from src.errors import UserError, refused
+from src.files import Stream
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 4 * 2**20
@@ -39,8 +40,6 @@ class Checkpoint:
 
     def read(self, name: str) -> bytes:
         """The bytes of one file, equal to those that were saved. Raises UserError (refused) if they are not."""
-        if name not in self.files:
-            raise refused(f"{self.folder}: holds no {name!a}; it was written by another version or for another purpose")
         return b"".join(self._pieces(name))
 
     def verify(self) -> None:
@@ -49,8 +48,16 @@ class Checkpoint:
             for _ in self._pieces(name):
                 pass
 
+    def verified(self, name: str) -> Path:
+        """The path of one file, read once to the end: for what is too large for `read`. Raises UserError (refused)."""
+        for _ in self._pieces(name):
+            pass
+        return files.safe_join(self.folder, name)
+
     def _pieces(self, name: str) -> Iterator[bytes]:
         """The file in pieces; after the last the hash is compared."""
+        if name not in self.files:
+            raise refused(f"{self.folder}: holds no {name!a}; it was written by another version or for another purpose")
         size_bytes, sha256 = self.files[name]
         path = files.safe_join(self.folder, name)
         found_bytes = files.require_file(path).st_size
@@ -72,7 +79,7 @@ class CheckpointFolder:
     """The checkpoints of one training, ``ROOT/checkpoint-<step>/``, and the folders published beside them."""
 
     def __init__(self, root: Path, say: Callable[[str], None]) -> None:
-        self.root, self._say = root, say
+        self.root, self.say = root, say
         self._said: set[str] = set()
         self._sound: dict[int, Checkpoint] = {}  # saved or verified by this process: published folders are not edited
 
@@ -87,7 +94,7 @@ class CheckpointFolder:
             if alone:
                 self.sweep()
             else:
-                self._say(f"{self.root}: this disk has no locks; start no second training in that folder")
+                self.say(f"{self.root}: this disk has no locks; start no second training in that folder")
             yield
 
     def sweep(self) -> None:
@@ -98,7 +105,7 @@ class CheckpointFolder:
         """Raises UserError (failure) if the disk has less room than that."""
         folders.check_space(self.root, needed_bytes)
 
-    def save(self, step: int, contents: Mapping[str, bytes], facts: Mapping[str, Any]) -> Checkpoint:
+    def save(self, step: int, contents: Mapping[str, bytes | Stream], facts: Mapping[str, Any]) -> Checkpoint:
         """Save ``contents`` as ``checkpoint-<step>``, in place of an older one of that step; no other folder is touched.
 
         When it returns, the checkpoint survives a power cut. ``facts`` is JSON, without NaN. Raises UserError (failure) when
@@ -108,19 +115,21 @@ class CheckpointFolder:
         self._sound[step] = checkpoint
         return checkpoint
 
-    def publish(self, name: str, contents: Mapping[str, bytes], facts: Mapping[str, Any], step: int | None = None) -> Path:
+    def publish(
+        self, name: str, contents: Mapping[str, bytes | Stream], facts: Mapping[str, Any], step: int | None = None
+    ) -> Path:
         """Save ``contents`` as ``ROOT/<name>``, such as ``final`` or ``best``, in place of the whole folder; else as `save`.
 
         What has this name and is not ours to delete is renamed, and that is said.
         """
         if MANIFEST in contents:
             raise ValueError(f"{MANIFEST} is written here")
-        sums = {file: (len(data), hashlib.sha256(data).hexdigest()) for file, data in contents.items()}
+        sums = {file: _sum(data) for file, data in contents.items()}
         manifest = _manifest(step, dict(facts), sums)
         folder = folders.make_folder(self.root) / name
         if os.path.lexists(folder) and (reason := _not_ours(folder)):
             moved = folders.set_aside(folder)
-            self._say(f"{folder}: {reason}; it is now {moved.name}")
+            self.say(f"{folder}: {reason}; it is now {moved.name}")
         return folders.publish_folder(folder, {**contents, MANIFEST: manifest})
 
     def valid(self) -> list[Checkpoint]:
@@ -188,7 +197,7 @@ class CheckpointFolder:
     def _say_once(self, line: str) -> None:
         if line not in self._said:
             self._said.add(line)
-            self._say(line)
+            self.say(line)
 
 
 def read_manifest(folder: Path) -> Checkpoint:
@@ -214,6 +223,16 @@ def read_manifest(folder: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise refused(_damaged(path, "it is not what was saved")) from None
     return Checkpoint(folder, step, facts, sums)
+
+
+def _sum(data: bytes | Stream) -> tuple[int, str]:
+    """Size in bytes and SHA-256. A stream is made once more for it, which is cheap beside writing it."""
+    if not isinstance(data, Stream):
+        return len(data), hashlib.sha256(data).hexdigest()
+    digest = hashlib.sha256()
+    for piece in data.pieces():
+        digest.update(piece)
+    return data.size_bytes, digest.hexdigest()
 
 
 def _manifest(step: int | None, facts: dict[str, Any], sums: Mapping[str, tuple[int, str]]) -> bytes:

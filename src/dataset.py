@@ -18,7 +18,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from src.captions import read_captions, repeats_of
+from src.augmentation import Version, apply
+from src.captions import read_caption_table, read_captions, repeats_of
 from src.errors import UserError, not_found, refused, usage_error
 from src.files import sha256_of
 from src.images import PICTURE_SUFFIXES, fit_to, picture_size, read_image, read_mask
@@ -44,6 +45,7 @@ class Example:
     mask: Path | None = None
     weight: float = 1.0  # of its loss
     repeats: int = 1  # visits an epoch
+    version: Version | None = None  # None: the picture as it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +73,15 @@ def read_dataset(
     masked: bool = False,
     fixed_caption: str | None = None,
     weight: float = 1.0,
+    captions_file: Path | None = None,
+    most_held_out: int | None = None,
 ) -> Dataset:
     """Read a prepared folder, kohya's ``10_name`` folders, or any tree of pictures with captions.
 
     ``buckets`` keeps aspect ratios in sizes of about ``resolution_px``^2 pixels whose sides are multiples of ``step_px``;
     otherwise all pictures are cut to a square. Every ``validation_every``-th picture by name is held out (None: every
-    tenth where there are ten, 0: none). ``fixed_caption`` stands for all captions. Headers are read, pixels are not.
+    tenth where there are ten, 0: none), and no more than ``most_held_out``. ``fixed_caption`` stands for all captions;
+    ``captions_file`` is a table of them, and pictures that it does not name are left out. Headers are read, pixels are not.
 
     Raises UserError: not found (folder, or a picture that the folder's metadata names), refused (no picture, damaged
     headers, captions), usage (a resolution, ``validation_every`` or ``masked`` that cannot be).
@@ -86,7 +91,13 @@ def read_dataset(
     sizes_px = bucket_sizes(resolution_px, step_px) if buckets else [(resolution_px, resolution_px)]
     paths = find_pictures(folder)
     prepared = read_prepared(folder)
-    captions, notes = _captions(folder, paths, prepared.trigger, fixed_caption)
+    if captions_file is None:
+        captions, notes = _captions(folder, paths, prepared.trigger, fixed_caption)
+    else:
+        captions, notes = read_caption_table(captions_file, folder, paths)
+        if left_out := [path.name for path in paths if path not in captions]:
+            notes.append(f"pictures that {captions_file.name} does not name are left out: {len(left_out)}, first {left_out[0]}")
+        paths = [path for path in paths if path in captions]
     pictures_px = _picture_sizes(paths)
     masks = _find_masks(paths, pictures_px, notes) if masked else {}
     examples = []
@@ -101,6 +112,8 @@ def read_dataset(
         )
     notes += _size_notes(examples, pictures_px)
     every = (VALIDATION_EVERY if len(examples) >= VALIDATION_EVERY else 0) if validation_every is None else validation_every
+    if every and most_held_out:
+        every = max(every, -(-len(examples) // most_held_out))
     held_out = set(range(every - 1, len(examples), every)) if every else set()
     train = tuple(item for index, item in enumerate(examples) if index not in held_out)
     judges = tuple(examples[index] for index in sorted(held_out))
@@ -146,6 +159,8 @@ def _fitted(read: Callable[[Path], Image.Image], path: Path, example: Example, f
         picture = read(path)
     except UserError as error:
         raise UserError(f"{error}; {_PREPARE}", error.exit_code) from None
+    if example.version is not None:
+        picture = apply(picture, example.version)
     picture = fit_to(picture, *example.size_px)
     return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else picture
 
@@ -253,9 +268,10 @@ def _size_notes(examples: Sequence[Example], pictures_px: Mapping[Path, tuple[in
 
 
 def _digest(train: Sequence[Example], held_out: Sequence[Example]) -> str:
-    """SHA-256 of everything that a training sees of its pictures. File names are not part of it: they only order them."""
+    """SHA-256 of everything that a training sees of its pictures. File names are not part of it: they only order them.
+    Nor are versions, the last field: they are made of what the training's settings say."""
     rows = [
-        (*astuple(replace(item, path=None, mask=None)), sha256_of(item.mask) if item.mask else None)
+        (*astuple(replace(item, path=None, mask=None))[:-1], sha256_of(item.mask) if item.mask else None)
         for item in (*train, *held_out)
     ]
     return hashlib.sha256(json.dumps([len(train), rows]).encode()).hexdigest()
@@ -307,7 +323,12 @@ class Order:
         caption_dropout: float,
         flip: bool,
         priors: Sequence[bool] | None = None,
+        all_captions: bool = False,
     ) -> None:
+        """``all_captions``: an epoch holds each example so many times for each of its captions, in turn."""
+        if all_captions:
+            repeats = [count * captions for count, captions in zip(repeats, caption_counts)]
+        self._all_captions = all_captions
         self._repeats, self._caption_counts = repeats, caption_counts
         self._batch_size, self._seed = batch_size, seed
         self._caption_dropout, self._flip = caption_dropout, flip
@@ -356,7 +377,8 @@ class Order:
         # By the visit and not by the place in the epoch: so a picture meets the same noise whatever the batch size is.
         key = subkey(self._seed, f"epoch {epoch} example {example} visit {visit}")
         dropped = subkey(key, "caption dropout") < self._caption_dropout * 2**_KEY_BITS
-        caption = -1 if dropped else subkey(key, "caption") % self._caption_counts[example]
+        turn = visit if self._all_captions else subkey(key, "caption")
+        caption = -1 if dropped else turn % self._caption_counts[example]
         return Draw(example, caption, self._flip and bool(subkey(key, "flip") & 1), key)
 
 

@@ -18,6 +18,7 @@ import secrets
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,14 @@ _NEXT_STEP = {
     errno.EFBIG: "the file system or a limit allows no file of this size there, so choose another folder",
     errno.ENOENT: "create the folder first",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """The bytes of a large file, made piece by piece whenever they are asked for: they never lie in memory all at once."""
+
+    size_bytes: int
+    pieces: Callable[[], Iterator[bytes | memoryview]]
 
 
 def publish_bytes(path: Path, data: bytes, *, exclusive: bool = False) -> Path:
@@ -253,14 +262,15 @@ def _problem_of(name: str) -> str | None:
     return None
 
 
-def write_flushed(path: Path, data: bytes) -> None:
+def write_flushed(path: Path, data: bytes | Stream) -> None:
     """Make a new file, mode 0644 less the umask, and flush its data; its name is durable once its folder is flushed too.
 
     A kill leaves half a file: write into a folder or under a name that nobody reads yet. Raises OSError.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o644)
     try:
-        _write_all(descriptor, data)
+        for piece in data.pieces() if isinstance(data, Stream) else (data,):
+            _write_all(descriptor, piece)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -278,7 +288,7 @@ def _durable_temporary(folder: Path, data: bytes) -> Iterator[Path]:
             os.unlink(temporary)
 
 
-def _write_all(descriptor: int, data: bytes) -> None:
+def _write_all(descriptor: int, data: bytes | memoryview) -> None:
     """``os.write`` may write less than it was given: just before the disk is full, and always above 2 GiB."""
     rest = memoryview(data)
     while rest:

@@ -50,13 +50,13 @@ def check_space(folder: Path, needed_bytes: int) -> None:
             )
 
 
-def publish_folder(folder: Path, contents: Mapping[str, bytes]) -> Path:
+def publish_folder(folder: Path, contents: Mapping[str, bytes | files.Stream]) -> Path:
     """Write ``contents`` (bytes by name, perhaps with sub-folders) as ``folder``, in place of all that it held.
 
     Modes 0644 and 0755 less the umask. The parent must exist. On any error the old folder stays and nothing else is left.
     Returns the path. Raises UserError: refused for an unsafe name in ``contents``, failure when the disk says no.
     """
-    size_bytes = sum(map(len, contents.values()))
+    size_bytes = sum(data.size_bytes if isinstance(data, files.Stream) else len(data) for data in contents.values())
     check_space(folder.parent, size_bytes)
     temporary, old = _hidden("tmp", folder), _hidden("old", folder)
     with files.named_errors(folder, size_bytes):
@@ -187,7 +187,7 @@ def _put_in_place(new: Path, folder: Path, old: Path) -> None:
         raise
 
 
-def _write(folder: Path, contents: Mapping[str, bytes]) -> None:
+def _write(folder: Path, contents: Mapping[str, bytes | files.Stream]) -> None:
     """Make ``folder`` with these files in this order; all of it is on the disk then, but for the folder's own name."""
     folder.mkdir(mode=0o755)
     made = [folder]

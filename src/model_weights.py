@@ -20,7 +20,7 @@ from transformers.initialization import no_init_weights
 from src.tensor_files import read_header
 
 STAGING_BYTES = 1 << 24  # stays in the CPU's cache: a third of the time of reading each tensor whole
-_DTYPES = {
+DTYPES = {  # by the names of the format
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16, "U32": torch.uint32,
     "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu, "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
@@ -33,8 +33,8 @@ _OLD_VAE_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.
 _CLIP_LEVELS = {"text_model.": "", "vision_model.vision_model.": "vision_model."}
 
 
-def read_tensors(path: Path, dtype: torch.dtype, prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file whose names begin so, floating-point numbers as ``dtype``.
+def read_tensors(path: Path, dtype: torch.dtype | None, prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file whose names begin so, floating-point numbers as ``dtype`` (None: as stored).
 
     Raises UserError (refused) as ``read_header`` does, OSError where the disk does.
     """
@@ -42,8 +42,8 @@ def read_tensors(path: Path, dtype: torch.dtype, prefixes: tuple[str, ...] = (""
     tensors, staging = {}, torch.empty(STAGING_BYTES, dtype=torch.uint8)
     with path.open("rb", buffering=0) as file:
         for name, info in sorted(wanted.items(), key=lambda item: item[1].offset):  # as they lie on the disk
-            stored = _DTYPES[info.dtype]
-            tensors[name] = tensor = torch.empty(info.shape, dtype=dtype if stored.is_floating_point else stored)
+            stored = DTYPES[info.dtype]
+            tensors[name] = tensor = torch.empty(info.shape, dtype=dtype if dtype and stored.is_floating_point else stored)
             file.seek(info.offset)
             for part in tensor.view(-1).split(STAGING_BYTES // stored.itemsize):
                 read = staging[: part.numel() * stored.itemsize]

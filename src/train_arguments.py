@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +161,7 @@ def build_run(typed: dict[str, Any]) -> TrainRun:
     return run
 
 
-def apply_typed(run: TrainRun, typed: dict[str, Any]) -> None:
+def apply_typed(run: TrainRun, typed: dict[str, Any], check: Callable[[Any], None] = check) -> None:
     """Put what was typed over the settings of a run, and check them. Raises UserError (usage, not found)."""
     set_from(run, *typed.get("config", []))
     for text in typed.get("set", []):

@@ -6,8 +6,9 @@ Precedence: default < ``--config`` (YAML) < ``--set`` < flag. A default lives he
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from src.config import QUANTIZATIONS, AppConfig, ModelConfig, OptimizationConfig, PathsConfig, check_machine
 from src.errors import usage_error
@@ -24,8 +25,20 @@ PRIOR_TARGETS = ("model", "noise")
 
 
 @dataclass(slots=True)
-class TrainConfig:
-    """How an adapter is trained. ``None`` means: chosen by the model, the machine or the other settings."""
+class LoopConfig:
+    """What every training has. ``None`` means: chosen by the model, the machine or the other settings.
+
+    A constant (ClassVar) is what only one kind of training has as a setting, and the others never do.
+    """
+
+    masked_loss: ClassVar[bool] = False
+    class_prompt: ClassVar[str | None] = None
+    train_text_encoder: ClassVar[bool] = False
+    quantize: ClassVar[str | None] = None
+    use_dora: ClassVar[bool] = False
+    part: ClassVar[str | None] = None
+    captions: ClassVar[str] = "random"
+    versions: ClassVar[int | None] = 1
 
     # data
     dataset_dir: str = "data/train"  # made by prepare_dataset, or any folder of pictures with captions
@@ -33,6 +46,53 @@ class TrainConfig:
     buckets: bool = True  # keep aspect ratios, in sizes of about resolution^2; False: crop all to a square
     flip: bool = False  # mirror half of the pictures; not for faces, text, or anything with a left and right
     caption_dropout: float = 0.05  # share of examples that are trained without their caption
+
+    # loss
+    snr_gamma: float | None = 5.0  # min-SNR weighting; None: all timesteps alike
+    noise_offset: float = 0.0  # lets the model learn very dark and very bright pictures
+    zero_terminal_snr: bool = False  # rescale the noise schedule so that its last step is pure noise
+
+    # loop
+    max_steps: int | None = None  # optimizer steps; None: num_epochs, or 1000
+    num_epochs: int | None = None
+    batch_size: int = 1  # pictures per process and micro-step
+    gradient_accumulation_steps: int = 1
+    learning_rate: float | None = None  # None: 1e-4; for prodigy, which finds its own, 1
+    optimizer: str = "adamw"  # adamw | adamw8bit | adafactor | prodigy
+    weight_decay: float = 1e-2
+    lr_scheduler: str = "constant"  # constant | linear | cosine | cosine_with_restarts | polynomial
+    lr_warmup_steps: int = 0
+    max_grad_norm: float = 1.0
+    ema_decay: float | None = None  # such as 0.999: save a moving average of what learns
+    seed: int = 0
+
+    # memory
+    mixed_precision: str = "auto"  # auto | no | fp16 | bf16
+    gradient_checkpointing: bool | None = None  # None: where the plan needs it
+    max_vram_gb: float | None = None  # plan as if the card had this much, in GiB
+
+    # checkpoints
+    output_dir: str = "models/lora"
+    name: str | None = None  # of the result; None: the trigger or the output folder
+    checkpoint_steps: int = 250
+    keep: int | None = None  # newest checkpoints to keep, the best beside them; None: all
+
+    # judging
+    validation_every: int | None = None  # hold out every n-th picture; None: 10 if there are 10 or more; 0: none
+    validation_steps: int | None = None  # steps between validations; None: checkpoint_steps
+    samples: bool = True  # draw pictures at each validation
+    sample_prompts: tuple[str, ...] = ()  # prompts, or the name of a text file with one a line; (): one with the trigger
+    sample_inference_steps: int = 20
+    sample_guidance_scale: float = 7.5
+    sample_seed: int = 0
+    score: bool = True  # judge each checkpoint's samples by CLIP features, where a CLIP is on disk
+    tracker: str | None = None  # tensorboard | wandb
+
+
+@dataclass(slots=True)
+class TrainConfig(LoopConfig):
+    """How an adapter is trained."""
+
     masked_loss: bool = False  # weigh the loss by masks (NAME-masklabel.png beside NAME.png, white counts)
     unmasked_weight: float = 0.1  # weight of the loss where the mask is black
     # prior preservation: keep what the class of the subject looked like before
@@ -50,56 +110,17 @@ class TrainConfig:
     use_rslora: bool = False  # scale alpha / sqrt(rank) in place of alpha / rank
     use_dora: bool = False  # learn the length of each weight's rows apart from its direction
     train_text_encoder: bool = False
-
-    # loss
-    snr_gamma: float | None = 5.0  # min-SNR weighting; None: all timesteps alike
-    noise_offset: float = 0.0  # lets the model learn very dark and very bright pictures
-    zero_terminal_snr: bool = False  # rescale the noise schedule so that its last step is pure noise
-
-    # loop
-    max_steps: int | None = None  # optimizer steps; None: num_epochs, or 1000
-    num_epochs: int | None = None
-    batch_size: int = 1  # pictures per process and micro-step
-    gradient_accumulation_steps: int = 1
-    learning_rate: float | None = None  # None: 1e-4; for prodigy, which finds its own, 1
     text_encoder_learning_rate: float = 1e-5
     text_encoder_2_learning_rate: float | None = None  # None: that of the first
-    optimizer: str = "adamw"  # adamw | adamw8bit | adafactor | prodigy
-    weight_decay: float = 1e-2
-    lr_scheduler: str = "constant"  # constant | linear | cosine | cosine_with_restarts | polynomial
-    lr_warmup_steps: int = 0
-    max_grad_norm: float = 1.0
-    ema_decay: float | None = None  # such as 0.999: save a moving average of the adapter
-    seed: int = 0
-
-    # memory
-    mixed_precision: str = "auto"  # auto | no | fp16 | bf16
-    gradient_checkpointing: bool | None = None  # None: where the plan needs it
     quantize: str | None = None  # int8 | nf4: the frozen U-Net in fewer bits (bitsandbytes)
-    max_vram_gb: float | None = None  # plan as if the card had this much, in GiB
-
-    # checkpoints
-    output_dir: str = "models/lora"
-    name: str | None = None  # of the adapter in its headers; None: the trigger or the output folder
-    checkpoint_steps: int = 250
-    keep: int | None = None  # newest checkpoints to keep, the best beside them; None: all
     format: str = "diffusers"  # diffusers (and PEFT folders) | kohya (beside those)
-
-    # judging
-    validation_every: int | None = None  # hold out every n-th picture; None: 10 if there are 10 or more; 0: none
-    validation_steps: int | None = None  # steps between validations; None: checkpoint_steps
-    samples: bool = True  # draw pictures at each validation
-    sample_prompts: tuple[str, ...] = ()  # prompts, or the name of a text file with one a line; (): one with the trigger
-    sample_inference_steps: int = 20
-    sample_guidance_scale: float = 7.5
-    sample_seed: int = 0
-    score: bool = True  # judge each checkpoint's samples by CLIP features, where a CLIP is on disk
-    tracker: str | None = None  # tensorboard | wandb
 
 
 @dataclass(slots=True)
 class TrainRun:
     """Everything that a training needs to know."""
+
+    door: ClassVar[str] = "src.train_lora"  # the module that such a run is started by
 
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -125,15 +146,22 @@ def learning_rates(train: TrainConfig) -> dict[str, float]:
 def check(run: TrainRun) -> None:
     """Refuse values that cannot work or contradict each other, before anything is loaded. Raises UserError (usage)."""
     train = run.train
+    check_loop(run, {"targets": TARGETS, "quantize": QUANTIZATIONS, "format": FORMATS, "prior_target": PRIOR_TARGETS}, _RANGES)
+    if train.quantize is not None and train.use_dora:
+        raise usage_error("--dora needs the model's weights as they are, and --quantize rounds them; leave one out")
+    if train.class_prompt is not None and not train.class_prompt.strip():
+        raise usage_error('--class_prompt is empty; write what the subject is, e.g. "a photo of a dog"')
+
+
+def check_loop(run: Any, choices: Mapping[str, Sequence[str]], ranges: Mapping[str, tuple[float, float]]) -> None:
+    """The same for the settings of every training; ``choices`` and ``ranges`` (from, to) are those of one kind."""
+    train = run.train
     check_machine(run.model)
-    for name, known in {
-        "targets": TARGETS, "optimizer": OPTIMIZERS, "lr_scheduler": LR_SCHEDULERS, "mixed_precision": MIXED_PRECISIONS,
-        "quantize": QUANTIZATIONS, "format": FORMATS, "tracker": TRACKERS, "prior_target": PRIOR_TARGETS,
-    }.items():  # fmt: skip
+    for name, known in (_CHOICES | dict(choices)).items():
         value = getattr(train, name)
         if value is not None and value not in known:
             raise usage_error(f"{name} '{value}' is not known; choose {', '.join(known)}")
-    for name, (low, high) in _RANGES.items():
+    for name, (low, high) in (_LOOP_RANGES | dict(ranges)).items():
         value = getattr(train, name)
         if value is not None and not (math.isfinite(value) and low <= value <= high):
             most = f"{high:,.0f}" if high > 1e5 else f"{high:g}"
@@ -143,23 +171,26 @@ def check(run: TrainRun) -> None:
         raise usage_error(f"resolution {train.resolution} is not a multiple of 8; nearest: {low} or {low + 8}")
     if train.max_steps is not None and train.num_epochs is not None:
         raise usage_error("--max_steps and --num_epochs exclude each other; give one")
-    if train.quantize is not None and train.use_dora:
-        raise usage_error("--dora needs the model's weights as they are, and --quantize rounds them; leave one out")
     if not train.dataset_dir.strip():
         raise usage_error("--dataset_dir is empty; name the folder that prepare_dataset made")
-    if train.class_prompt is not None and not train.class_prompt.strip():
-        raise usage_error('--class_prompt is empty; write what the subject is, e.g. "a photo of a dog"')
 
 
+_CHOICES: dict[str, Sequence[str]] = {
+    "optimizer": OPTIMIZERS, "lr_scheduler": LR_SCHEDULERS, "mixed_precision": MIXED_PRECISIONS, "tracker": TRACKERS,
+}  # fmt: skip
 _RANGES: dict[str, tuple[float, float]] = {
-    "resolution": (64, 8192),
-    "caption_dropout": (0, 1),
     "unmasked_weight": (0, 1),
     "num_class_images": (1, 100_000),
     "prior_loss_weight": (0, 1000),
     "rank": (1, 1024),
     "alpha": (1e-6, 1e6),
     "dropout": (0, 0.99),
+    "text_encoder_learning_rate": (1e-12, 10),
+    "text_encoder_2_learning_rate": (1e-12, 10),
+}
+_LOOP_RANGES: dict[str, tuple[float, float]] = {
+    "resolution": (64, 8192),
+    "caption_dropout": (0, 1),
     "snr_gamma": (1e-3, 1e6),
     "noise_offset": (0, 1),
     "max_steps": (1, 10_000_000),
@@ -167,8 +198,6 @@ _RANGES: dict[str, tuple[float, float]] = {
     "batch_size": (1, 4096),
     "gradient_accumulation_steps": (1, 4096),
     "learning_rate": (1e-12, 10),
-    "text_encoder_learning_rate": (1e-12, 10),
-    "text_encoder_2_learning_rate": (1e-12, 10),
     "weight_decay": (0, 10),
     "lr_warmup_steps": (0, 10_000_000),
     "max_grad_norm": (1e-6, 1e6),

@@ -4,6 +4,7 @@ A training has three phases, one after the other: pictures and captions are enco
 adapter learns; samples are drawn by the live U-Net, and decoded. Learning needs the frozen weights, the adapter with its
 gradient and the optimizer's numbers, and what each layer keeps for the backward pass. The layers are those of
 src/training/speed.py: a frozen convolution keeps nothing, three projections of one input keep it once, attention is fused.
+Where weights themselves learn (``part``), they, their gradients and averages are float32, and their layers keep their inputs.
 
 Peak of live tensors in one training step beside all weights, batch 1, bf16, rank 4 (SDXL: 8), in MB (10^6), computed and
 traced (tests/test_training_memory.py has the tracer):
@@ -39,7 +40,8 @@ from src.model_shapes import (
     unet_activation_bytes,
     unet_blocks,
 )
-from src.train_config import TrainConfig, TrainRun
+from src.train_config import LoopConfig, TrainConfig, TrainRun
+from src.unet_parts import LAST_BLOCKS, part_numbers
 from src.unet_weights import (
     ELEMENT_BYTES,
     QUANTIZED_BYTES,
@@ -54,6 +56,7 @@ TOKENS = 77  # of one window of the text encoders; a longer caption has more, an
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 1, "prodigy": 16}  # a number that learns, beside itself
 WORKING_TRANSFORMER = 12  # maps alive beside what is kept, at most; traced
 RESOLUTION_STEP_PX = 64
+_TARGETS_LIKE = {"cross-attention": "attention"}  # whose layers keep what those of this part keep; of any other: all layers
 
 
 @dataclass(frozen=True)
@@ -72,14 +75,17 @@ class TrainingNeed:
     text_encoders: bool = False  # they learn, too
     samples: bool = False  # are drawn meanwhile
     gradient_checkpointing: bool | None = None  # None: where the budget asks for it
+    part: str | None = None  # of the U-Net, whose own weights learn; None: an adapter learns
 
     @classmethod
-    def of(cls, train: TrainConfig, native_px: int, precision: str) -> TrainingNeed:
+    def of(cls, train: LoopConfig, native_px: int, precision: str) -> TrainingNeed:
         """What a run of these settings asks for, of a model that draws ``native_px`` squares."""
+        is_adapter = isinstance(train, TrainConfig)
+        rank, targets = (train.rank, train.targets) if is_adapter else (0, _TARGETS_LIKE.get(train.part, "conv"))
         return cls(
-            train.resolution or native_px, train.batch_size, train.rank, train.targets, train.use_dora, precision,
+            train.resolution or native_px, train.batch_size, rank, targets, train.use_dora, precision,
             train.quantize, train.optimizer, ema=train.ema_decay is not None, text_encoders=train.train_text_encoder,
-            samples=train.samples, gradient_checkpointing=train.gradient_checkpointing,
+            samples=train.samples, gradient_checkpointing=train.gradient_checkpointing, part=train.part,
         )  # fmt: skip
 
 
@@ -147,9 +153,10 @@ class Answer:
         need = self.plan.need
         learns = "U-Net and text encoders" if need.text_encoders else "U-Net"
         weights = f"{need.quantize}, the rest {need.precision}" if need.quantize else need.precision
+        what = f"adapter rank {need.rank}, {need.targets}" if need.part is None else f"learns  {need.part}"
         lines = [
             f"model   {self.model} ({self.family}), frozen weights in {weights}",
-            f"adapter rank {need.rank}, {need.targets}, {self.adapter_numbers:,} numbers ({learns}), {need.optimizer}",
+            f"{what}, {self.adapter_numbers:,} numbers ({learns}), {need.optimizer}",
             f"data    {need.resolution_px}x{need.resolution_px}, batch size {need.batch_size}",
             f"device  {self.device}",
             "",
@@ -210,7 +217,11 @@ def _advice(shapes: ModelShapes, need: TrainingNeed, budget_bytes: int | None, o
     smaller = {"--gradient_checkpointing": {"gradient_checkpointing": None}} if need.gradient_checkpointing is False else {}
     if need.batch_size > 1:
         smaller["--batch_size 1"] = {"batch_size": 1}
-    if need.quantize is None and on_card:
+    if need.part is not None:
+        smaller |= {"--optimizer adafactor": {"optimizer": "adafactor"}} if need.optimizer != "adafactor" else {}
+        smaller |= {"--ema_decay none": {"ema": False}} if need.ema else {}
+        smaller |= {"--train mid": {"part": "mid"}} if need.part != "mid" else {}
+    elif need.quantize is None and on_card:
         smaller |= {f"--quantize {name}": {"quantize": name} for name in QUANTIZED_BYTES}
     if need.text_encoders:
         smaller["no --train_text_encoder"] = {"text_encoders": False}
@@ -233,12 +244,15 @@ def _advice(shapes: ModelShapes, need: TrainingNeed, budget_bytes: int | None, o
 def predict(shapes: ModelShapes, need: TrainingNeed, *, on_card: bool = True) -> tuple[Phase, ...]:
     """The phases in time order: encode, train, and samples where they are drawn."""
     element_bytes = ELEMENT_BYTES[need.precision]
+    encoder_bytes = element_bytes if need.part is None else 4  # the weights to be saved are loaded in fp32, all of them
     latent = -(-need.resolution_px // shapes.latent_scale)
     frozen = unet_bytes(shapes, need.precision, need.quantize)
-    encoders = {name: shapes.parameters[name] * element_bytes for name in shapes.text_encoders}
-    learning = adapter_numbers(shapes, need) * (8 + OPTIMIZER_BYTES[need.optimizer] + 4 * need.ema)
+    encoders = {name: shapes.parameters[name] * encoder_bytes for name in shapes.text_encoders}
+    numbers = adapter_numbers(shapes, need)
+    frozen -= numbers * element_bytes if need.part else 0
+    learning = numbers * (8 + OPTIMIZER_BYTES[need.optimizer] + 4 * need.ema)
     learning_weights = frozen + learning + (sum(encoders.values()) if need.text_encoders else 0)
-    vae_element_bytes = 4 if need.precision == "fp16" else element_bytes  # the trainer encodes in a range that is safe
+    vae_element_bytes = 4 if need.precision == "fp16" else encoder_bytes  # the trainer encodes in a range that is safe
     vae = shapes.parameters["vae"] * vae_element_bytes
     pixels = 3 * need.resolution_px**2 * vae_element_bytes
     encode = [
@@ -283,9 +297,15 @@ def step_activation_bytes(unet: Config, latent_size: tuple[int, int], need: Trai
 def _segments(unet: Config, maps: MapBytes, need: TrainingNeed, workspace: bool) -> Iterator[_Segment]:
     """In the order of the forward pass. Before the first layer that learns, nothing is kept."""
     down, mid, up = unet_blocks(unet)
-    convolutions = need.targets == "conv"
-    learns = convolutions
-    for block in (*down, *([mid] if mid else []), *up):
+    blocks = (*down, *([mid] if mid else []), *up)
+    first = {"mid": len(down), "last-blocks": len(blocks) - LAST_BLOCKS}.get(need.part or "", 0)
+    for block in blocks[:first]:  # no gradient gets there: only what is passed to the way up waits
+        yield from (_Segment(maps(channels, block.level) * (block in down), 0) for _, channels in block.resnets)
+    learns = need.targets == "conv"
+    for block in blocks[first:]:
+        if need.part == "mid" and block is not mid:
+            need = replace(need, targets="attention")  # passed through, all of it frozen
+        convolutions = need.targets == "conv"
         for number, (channels_in, channels_out) in enumerate(block.resnets):
             x, y = maps(channels_in, block.level), maps(channels_out, block.level)
             inside = x + 2 * y + (x + y) * convolutions  # two norms, the first convolution; what convolutions that learn read
@@ -330,7 +350,9 @@ def _restored_bytes(unet: Config, need: TrainingNeed) -> int:
 
 
 def adapter_numbers(shapes: ModelShapes, need: TrainingNeed) -> int:
-    """How many numbers learn: rank * (inputs + outputs) of each layer, with DoRA its outputs once more."""
+    """How many numbers learn: a part, or rank * (inputs + outputs) of each layer, with DoRA its outputs once more."""
+    if need.part is not None:
+        return part_numbers(shapes, need.part)
     sizes = list(_target_sizes(shapes.unet, need.targets))
     if need.text_encoders:
         for name, text in shapes.text_encoders.items():

@@ -11,11 +11,11 @@ SOURCES = sorted((ROOT / "src").rglob("*.py"))
 
 # A file imports only files above it in this list; so no circle can exist. Up to the line nothing imports torch.
 LIGHT = [
-    "version", "errors", "config", "train_config", "strict_yaml", "quiet", "files", "folders", "checkpoints", "processes", "devices",
-    "tensor_files", "images", "prompts", "captions", "prepared_folder", "dataset", "recipe_dialects", "recipe", "jobs", "schedulers",
+    "version", "errors", "config", "train_config", "finetune_config", "strict_yaml", "quiet", "files", "folders", "checkpoints", "processes", "devices",
+    "tensor_files", "images", "prompts", "captions", "prepared_folder", "augmentation", "dataset", "recipe_dialects", "recipe", "jobs", "schedulers",
     "request", "named_files", "model_files", "model_shapes", "unet_weights", "memory_prediction", "memory_plan", "plan_report",
     "measured_peaks", "model_source", "downloads", "estimate", "terminal",
-    "doors", "session", "flags", "arguments", "orders", "recipe_orders", "training_memory", "train_arguments", "lean_imports",
+    "doors", "session", "flags", "arguments", "orders", "recipe_orders", "unet_parts", "training_memory", "saved_datasets", "training_start", "train_arguments", "finetune_arguments", "lean_imports",
 ]  # fmt: skip
 HEAVY = [
     "scenes", "quantization", "native", "cpu_kernels", "cpu_memory", "cpu_layers", "optimizations", "model_weights", "base_models", "conditioning",
@@ -23,7 +23,7 @@ HEAVY = [
     "drawn_recipe", "generator", "report", "preparation",
     "diffusion", "training", "example_subject", "evaluation", "scratch",
 ]  # fmt: skip
-DOORS = ["cli", "prepare_dataset", "train_lora", "evaluate", "bench"]
+DOORS = ["cli", "prepare_dataset", "train_lora", "finetune", "evaluate", "bench"]
 ORDER = [*LIGHT, *HEAVY, *DOORS]
 HEAVY_PACKAGES = {"torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy", "scipy", "xformers"}
 # Imported lazily on purpose, where the arrow points down: config reads YAML only when there is a file; the door opens its room.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from src import cli, example_subject, orders, prepare_dataset, train_arguments
+from src import cli, example_subject, finetune_arguments, orders, prepare_dataset, train_arguments
 from src.arguments import build_config, parse_arguments
 
 ROOT = Path(__file__).parent.parent
@@ -23,6 +23,7 @@ ALL_LINES = [
     if line.strip()
 ]
 TRAINING = [line for line in ALL_LINES if "src.train_lora " in line]
+FINETUNING = [line for line in ALL_LINES if "src.finetune " in line]
 PREPARING = [line for line in ALL_LINES if "src.prepare_dataset " in line]
 COMMANDS = [line for line in LINES if line.startswith("python main.py")]
 QUICK = ("--estimate-vram", "--list-schedulers", "--help")
@@ -64,6 +65,13 @@ def test_training_commands_parse_and_their_settings_exist(command: str, monkeypa
     monkeypatch.chdir(ROOT)
     words = shlex.split(command)
     train_arguments.build_run(train_arguments.parse_arguments(words[words.index("src.train_lora") + 1 :]))
+
+
+@pytest.mark.parametrize("command", FINETUNING, ids=lambda line: line[-60:])
+def test_finetuning_commands_parse_and_their_settings_exist(command: str, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command)
+    finetune_arguments.build_run(finetune_arguments.parse_arguments(words[words.index("src.finetune") + 1 :]))
 
 
 @pytest.mark.parametrize("command", PREPARING, ids=lambda line: line[-60:])

@@ -204,6 +204,8 @@ class Line(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.tensor([[1.5]]))
+        torch.manual_seed(0)
+        self.convolution = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)  # whose memory has an order of its own
 
 
 def lesson(settings: VaeSettings, spoil_at: int | None = None) -> Lesson:
@@ -211,7 +213,9 @@ def lesson(settings: VaeSettings, spoil_at: int | None = None) -> Lesson:
 
     def loss(step: int):
         x = torch.randn(8, 1, generator=torch.Generator().manual_seed(step))
-        value = ((x @ model.weight) - 0.5 * x).square().mean()
+        value = ((x @ model.weight) - 0.5 * x).square().mean() + model.convolution(
+            x.expand(8, 75).view(8, 3, 5, 5)
+        ).square().mean()
         return (value * float("nan") if spoil_at is not None and step >= spoil_at else value), {}
 
     return Lesson(
@@ -252,6 +256,7 @@ def test_it_learns_and_a_resumed_run_is_the_same_bit_for_bit(tmp_path: Path, mon
     resumed = lesson(settings())
     learn(resumed, tmp_path / "cut", machine, terminal)
     assert torch.equal(resumed.model.weight, whole.model.weight)
+    assert torch.equal(resumed.model.convolution.weight, whole.model.convolution.weight)
     logs = [
         [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("whole", "cut")
     ]

@@ -197,7 +197,7 @@ class Student:
         contents = {
             LIVE: safetensors.torch.save(_on_cpu(self.parameters)),
             AVERAGE: safetensors.torch.save(_on_cpu(self.average.tensors)),
-            OPTIMIZER: safetensors.torch.save(tensors), NUMBERS: numbers.encode(),
+            OPTIMIZER: safetensors.torch.save(_on_cpu(tensors)), NUMBERS: numbers.encode(),
         }  # fmt: skip
         self.history.flush()
         facts = {"lesson": self._facts(), "seconds": self.seconds, "figures": self.figures}

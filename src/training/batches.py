@@ -14,9 +14,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor, nn
 
-from src import diffusion
-from src.dataset import Dataset, Draw, Example, Order, load_mask
-from src.train_config import TrainConfig
+from src import augmentation, diffusion
+from src.dataset import Dataset, Draw, Example, Order, load_mask, subkey
+from src.train_config import LoopConfig
 from src.training.latent_cache import LatentCache
 from src.training.live_text import LiveText
 from src.training.text_cache import TextCache, time_ids
@@ -68,6 +68,21 @@ def predict(unet: nn.Module, noisy: Tensor, timesteps: Tensor, text: TextInput) 
     return unet(noisy, timesteps, text.tokens, added_cond_kwargs=added, return_dict=False)[0]
 
 
+def versions_of(example: Example, train: LoopConfig) -> tuple[Example, ...]:
+    """The picture in all versions that it is learnt in, the first as it is. SDXL is told where the cut begins."""
+    if train.versions == 1:
+        return (example,)
+    options = {"crop": train.crop, "colour": train.colour, "seed": train.seed}
+    found = augmentation.versions(example.sha256, train.versions, **options)
+    return (example, *(_in_version(example, version) for version in found[1:]))
+
+
+def _in_version(example: Example, version: augmentation.Version) -> Example:
+    shares = zip(example.crop_top_left, (version.top, version.left), example.size_px[::-1])
+    top_left = tuple(round((before + (1 - version.kept) * share * side) / version.kept) for before, share, side in shares)
+    return replace(example, version=version, crop_top_left=top_left)
+
+
 class Trainee(nn.Module):
     """All models that hold something that learns, as one module: what accelerate wraps for several processes."""
 
@@ -95,7 +110,7 @@ class Feeder:
         priors: Sequence[Example],
         latents: LatentCache,
         texts: TextCache,
-        train: TrainConfig,
+        train: LoopConfig,
         *,
         timestep_count: int,
         processes: int = 1,
@@ -111,6 +126,7 @@ class Feeder:
         self._preserves = bool(priors) and train.prior_target == "model"
         self._subjects = len(dataset.train)
         self._masks: dict[tuple[int, bool], Tensor] = {}
+        self._versions = [versions_of(example, train) for example in self.examples]
         self.order = Order(
             [(example.size_px, chunks) for example, chunks in zip(self.examples, self._chunks)],
             [example.repeats for example in self.examples],
@@ -120,12 +136,13 @@ class Feeder:
             caption_dropout=train.caption_dropout,
             flip=train.flip,
             priors=[False] * len(dataset.train) + [True] * len(priors),
+            all_captions=train.captions == "all",
         )
 
     def batch(self, index: int, process: int = 0) -> Batch:
         """The share of one process in the ``index``-th micro-batch of the run."""
         draws = self.order.batch(index)[process * self._batch_size : (process + 1) * self._batch_size]
-        examples = [self.examples[draw.example] for draw in draws]
+        examples = [self._drawn(draw) for draw in draws]
         chunks = max(self._chunks[draw.example] for draw in draws)
         captions = tuple("" if draw.caption < 0 else example.captions[draw.caption] for draw, example in zip(draws, examples))
         texts = [] if self._live_text else [self._texts.get(caption, chunks) for caption in captions]
@@ -153,8 +170,13 @@ class Feeder:
 
     def _sample_latents(self, draw: Draw) -> Tensor:
         """A sample of the VAE's posterior (4, h, w): another one each time, as if the picture were encoded anew."""
-        held = self._latents.get(self.examples[draw.example], draw.flip)
+        held = self._latents.get(self._drawn(draw), draw.flip)
         return diffusion.draw_latents(draw.key, held.mean, held.std)
+
+    def _drawn(self, draw: Draw) -> Example:
+        """The picture, in the version of this visit."""
+        versions = self._versions[draw.example]
+        return versions[subkey(draw.key, "version") % len(versions)]
 
     def _mask(self, draws: Sequence[Draw]) -> Tensor:
         """(B, 1, h, w): 1 where the mask is white, ``unmasked_weight`` where it is black, 1 where there is none."""

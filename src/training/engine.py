@@ -26,7 +26,7 @@ def build_accelerator(run: TrainRun) -> Accelerator:
     for name in ("DeepSpeed", "FSDP", "Megatron_LM"):
         if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() in ("1", "true"):
             raise usage_error(
-                f"accelerate's configuration asks for {name}, which splits the model; an adapter's training needs the whole "
+                f"accelerate's configuration asks for {name}, which splits the model; a training here needs the whole "
                 "one on each card: use accelerate launch --multi_gpu"
             )
     device = base_models.pick_device(run.model.device)
@@ -40,7 +40,9 @@ def build_accelerator(run: TrainRun) -> Accelerator:
         options |= {"log_with": run.train.tracker, "project_dir": str(Path(run.train.output_dir).expanduser() / "tracker")}
     accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu", **options)
     if run.train.tracker:
-        accelerator.init_trackers("train_lora", config={key: str(value) for key, value in run.to_dict()["train"].items()})
+        accelerator.init_trackers(
+            run.door.removeprefix("src."), config={key: str(value) for key, value in run.to_dict()["train"].items()}
+        )
     return accelerator
 
 

@@ -32,7 +32,7 @@ def adapter_facts(run: TrainRun, model: LoadedModel, dataset: Dataset) -> Adapte
         trigger=dataset.trigger,
         resolution_px=train.resolution or model.native_size_px,
         base_model=model.name,
-        base_sha256=files.sha256_of(model.weights_path, run.paths.folder("cache") / "hashes.json"),
+        base_sha256=weights_sha256(run, model),
         prediction_type=model.scheduler_config.get("prediction_type", "epsilon"),
         extra=_kohya_facts(dataset),
     )
@@ -52,6 +52,11 @@ def _kohya_facts(dataset: Dataset) -> dict[str, str]:
         "ss_dataset_dirs": json.dumps(folders, ensure_ascii=False),
         "ss_num_train_images": str(sum(example.repeats for example in dataset.train)),
     }
+
+
+def weights_sha256(run: TrainRun, model: LoadedModel) -> str:
+    """Of the model's file, or the (first) one of its U-Net."""
+    return files.sha256_of(model.weights_path, run.paths.folder("cache") / "hashes.json")
 
 
 def weights_digest(module: nn.Module) -> str:

@@ -19,6 +19,7 @@ from src.training.history import History
 from src.training.latent_cache import LatentCache
 from src.training.live_text import LiveText
 from src.training.loop import Progress
+from src.training.model_saving import ModelSaver
 from src.training.samples import Sampler, save_samples
 from src.training.saving import Saver
 from src.training.scores import MAX_PHOTOS, Best, Scorer, choose_best, load_clip
@@ -31,7 +32,7 @@ REPORT_EVERY_S = 60.0
 
 
 class Judge:
-    """Judges and publishes the adapter of one training; of several processes the first one does."""
+    """Judges and publishes what one training makes; of several processes the first one does."""
 
     def __init__(
         self,
@@ -57,16 +58,16 @@ class Judge:
         self._reported_at = time.monotonic()
         self._best_step: int | None = None
 
-    def start(self, saver: Saver, history: History) -> None:
-        """What exists only once the adapter is in."""
+    def start(self, saver: Saver | ModelSaver, history: History) -> None:
+        """What exists only once the network is there."""
         self._saver, self._history = saver, history
 
     def before(self, progress: Progress) -> None:
-        """The base model's own loss, pictures and score: what the adapter is compared with."""
+        """The base model's own loss, pictures and score: what the result is compared with."""
         self.judge(progress)
 
     def judge(self, progress: Progress) -> None:
-        """Measure the adapter as it would be saved now."""
+        """Measure what would be saved now."""
         step = progress.step
         saver = self._saver
         average = nullcontext() if saver.average is None else saver.average.swapped_in(saver.network.trainable())
@@ -106,20 +107,19 @@ class Judge:
         self._saver.store.prune(self._run.train.keep, protect)
 
     def _name_the_best(self) -> None:
-        """Publish ``best/``, a copy of the best checkpoint's adapter, when it is another one than before."""
+        """Publish ``best/``, what the best checkpoint learnt, when it is another one than before."""
         checkpoints = {checkpoint.step: checkpoint for checkpoint in self._saver.store.valid()}
         best = choose_best(self._history, checkpoints.keys())
         if best is None or best.step == self._best_step:
             return
         source = checkpoints[best.step]
-        contents = {name: source.read(name) for name in source.files if not name.startswith("state/")}
         facts = {"best_of": source.folder.name, "reason": best.reason}
-        self._saver.store.publish(BEST, contents, facts, best.step)
+        self._saver.store.publish(BEST, self._saver.result_of(source), facts, best.step)
         self._best_step = best.step
 
     def publish_final(self, progress: Progress) -> Path:
-        """``final/``: the adapter as it is now, without the state of the training."""
-        return self._saver.store.publish(FINAL, self._saver.adapter_contents(progress.step), {}, progress.step)
+        """``final/``: what was learnt as it is now, without the state of the training."""
+        return self._saver.store.publish(FINAL, self._saver.result(progress.step), {}, progress.step)
 
     def best_line(self) -> str | None:
         """Which checkpoint is the best, and by what."""

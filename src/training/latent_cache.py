@@ -9,7 +9,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -122,7 +122,9 @@ class LatentCache:
     def _key(self, job: Job) -> str:
         example, mirrored = job
         config = self._vae.config
+        version = {} if example.version is None else {"picture_version": astuple(example.version)}
         return key_of(
+            **version,
             kind="latents",
             version=VERSION,
             picture=example.sha256,

@@ -144,17 +144,15 @@ class MovingAverage:
 
     @contextmanager
     def swapped_in(self, trainable: Mapping[str, nn.Parameter]) -> Iterator[None]:
-        """The average in place of the live tensors, until the block ends."""
-        live = {name: parameter.detach().clone() for name, parameter in trainable.items()}
-        with torch.no_grad():
-            for name, parameter in trainable.items():
-                parameter.copy_(self.tensors[name])
+        """The average in place of the live tensors, until the block ends. Nothing is copied."""
+        live = {name: parameter.data for name, parameter in trainable.items()}
+        for name, parameter in trainable.items():
+            parameter.data = self.tensors[name]
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, parameter in trainable.items():
-                    parameter.copy_(live[name])
+            for name, parameter in trainable.items():
+                parameter.data = live[name]
 
 
 def target_names(component: str, model: nn.Module, targets: str, has_second: bool = False) -> list[str]:

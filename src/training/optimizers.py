@@ -69,7 +69,7 @@ def lr_factor(train: TrainConfig, step: int, total_steps: int) -> float:
 
 
 def pack_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], str]:
-    """The optimizer's state as tensors by name (``"12.exp_avg"``) and JSON for the rest."""
+    """The optimizer's state as tensors by name (``"12.exp_avg"``), no copies, and JSON for the rest."""
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
@@ -79,14 +79,14 @@ def pack_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], str
             flat |= value if isinstance(value, dict) else {name: value}
         for name, value in flat.items():
             if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous().clone()
+                tensors[f"{index}.{name}"] = value.detach()
             else:
                 numbers.setdefault(str(index), {})[name] = value
     groups = [{name: value for name, value in group.items() if name != "params"} for group in state["param_groups"]]
     for number, group in enumerate(groups):
         for name, value in list(group.items()):
             if isinstance(value, Tensor):
-                tensors[f"group{number}.{name}"] = value.detach().cpu().clone()
+                tensors[f"group{number}.{name}"] = value.detach()
                 del group[name]
     return tensors, json.dumps({"kind": type(optimizer).__name__, "numbers": numbers, "groups": groups})
 

@@ -6,10 +6,9 @@ tensors, the average, the optimizer, and numbers. Nothing in it names code; what
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,27 +16,25 @@ from typing import Any
 import safetensors.torch
 import torch
 import yaml
-from safetensors import SafetensorError
 from torch import Tensor
 
 from src.base_models import LoadedModel
 from src.checkpoints import Checkpoint, CheckpointFolder
-from src.errors import ExitCode, UserError, refused
+from src.errors import UserError
 from src.lora.formats import LoraLayer, Where
 from src.lora.names import canonical
 from src.lora.reading import parse_adapter, read_adapter
 from src.lora.stack import AdapterStack
 from src.lora.writing import AdapterFacts, adapter_files
 from src.train_config import TrainRun
+from src.training import state
 from src.training.batches import TextInput, predict
 from src.training.loop import Progress
 from src.training.network import LoraNetwork, MovingAverage
-from src.training.optimizers import pack_state, unpack_state
+from src.training.state import NUMBERS as NUMBERS
+from src.training.state import OPTIMIZER as OPTIMIZER
 
 ADAPTER = "state/adapter.safetensors"
-AVERAGE = "state/average.safetensors"
-OPTIMIZER = "state/optimizer.safetensors"
-NUMBERS = "state/numbers.json"
 PROBE_PX = 64  # latents a side are an eighth: the smallest that every U-Net takes
 
 
@@ -57,7 +54,7 @@ class Saver:
 
     def save(self, progress: Progress) -> Checkpoint:
         """Write ``checkpoint-<step>``, and prove that its adapter reads back and draws as the live one. Raises UserError."""
-        self._refuse_not_finite(progress.step)
+        state.refuse_not_finite(self, progress.step, "adapter")
         adapter = self.adapter_contents(progress.step)
         self.check_forms(adapter)
         contents = adapter | self._state(progress)
@@ -71,56 +68,27 @@ class Saver:
         facts = AdapterFacts(**{item.name: getattr(self.facts, item.name) for item in fields(self.facts)} | {"steps": step})
         contents = adapter_files(self._layers(), facts, formats)
         return contents | {
-            "config.yaml": yaml.safe_dump(_plain(self.run.to_dict()), sort_keys=False, allow_unicode=True).encode()
+            "config.yaml": yaml.safe_dump(state.plain(self.run.to_dict()), sort_keys=False, allow_unicode=True).encode()
         }
 
     def _layers(self) -> dict[Where, LoraLayer]:
         """What is saved: the moving average, where there is one."""
         return self.network.layers(None if self.average is None else self.average.tensors)
 
+    def result(self, step: int) -> dict[str, bytes]:
+        """What is published at the end."""
+        return self.adapter_contents(step)
+
+    def result_of(self, checkpoint: Checkpoint) -> dict[str, bytes]:
+        """The adapter as it was at a checkpoint. Raises UserError (refused) for a damaged one."""
+        return {name: checkpoint.read(name) for name in checkpoint.files if not name.startswith("state/")}
+
     def _state(self, progress: Progress) -> dict[str, bytes]:
-        tensors, text = pack_state(self.optimizer)
-        scaler = self.scaler.state_dict() if self.scaler is not None else None
-        has_average = self.average is not None
-        numbers = {"progress": asdict(progress), "optimizer": text, "scaler": scaler, "has_average": has_average}
-        contents = {
-            ADAPTER: _pack(self.network.trainable()),
-            OPTIMIZER: _pack(tensors),
-            NUMBERS: json.dumps(numbers).encode(),
-        }
-        return contents if self.average is None else contents | {AVERAGE: _pack(self.average.tensors)}
+        return state.state_contents(self, ADAPTER, progress, _pack)
 
     def restore(self, checkpoint: Checkpoint) -> Progress:
         """Bring everything to where the checkpoint was written. Raises UserError (refused) when it is of another training."""
-        try:
-            self.network.load(safetensors.torch.load(checkpoint.read(ADAPTER)))
-            numbers = json.loads(checkpoint.read(NUMBERS))
-            unpack_state(self.optimizer, safetensors.torch.load(checkpoint.read(OPTIMIZER)), numbers["optimizer"])
-            if self.average is not None:
-                begun = numbers["has_average"]  # where --force has turned it on, it begins here
-                average = safetensors.torch.load(checkpoint.read(AVERAGE if begun else ADAPTER))
-                self.average.tensors = {name: average[name].to(item.device) for name, item in self.average.tensors.items()}
-            if self.scaler is not None and numbers["scaler"] is not None:
-                self.scaler.load_state_dict(numbers["scaler"])
-            progress = Progress(**numbers["progress"])
-            if progress.step != checkpoint.step:
-                raise ValueError("its parts are those of different steps")
-            return progress
-        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
-            cause = " ".join(str(error).split())[:160]
-            raise refused(
-                f"{checkpoint.folder}: is a checkpoint of another training ({cause}); start anew with another --output_dir"
-            ) from None
-
-    def _refuse_not_finite(self, step: int) -> None:
-        tensors = dict(self.network.trainable()) | ({} if self.average is None else self.average.tensors)
-        for name, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
-                raise UserError(
-                    f"step {step}: the adapter holds NaN or infinity ({name}); nothing was written, the last checkpoint is "
-                    "kept; lower --lr, or use --mixed_precision no",
-                    ExitCode.DIVERGED,
-                )
+        return state.restore_state(self, ADAPTER, checkpoint, lambda name: safetensors.torch.load(checkpoint.read(name)))
 
     def check_forms(self, contents: Mapping[str, bytes]) -> None:
         """Read every form out of its bytes: the same layers, number by number, at the same strength. Raises UserError."""
@@ -205,10 +173,3 @@ def _draws_as(layer: LoraLayer, live: LoraLayer) -> bool:
 
 def _pack(tensors: Mapping[str, Tensor]) -> bytes:
     return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, all the way down: what YAML can write without tags."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -35,13 +35,15 @@ PACKED_BYTES = 1 << 28  # convolutions of up to so many bytes are held three tim
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
-def prepare_for_speed(unet: nn.Module) -> None:
-    """Exchange the layers of a frozen U-Net that has its adapter and lies on its device. Weights and results stay equal.
+def prepare_for_speed(unet: nn.Module, computes_in: torch.dtype | None = None) -> None:
+    """Exchange the frozen layers of a U-Net that lies on its device, with its adapter. Weights and results stay equal.
+
+    ``computes_in``: None stands for the precision that it is in.
 
     A U-Net in half precision then computes in it without autocast, as the generator does: autocast would make float32
     copies of every norm, and keep them.
     """
-    device, dtype = unet.conv_in.weight.device, unet.conv_in.weight.dtype
+    device, dtype = unet.conv_in.weight.device, computes_in or unet.conv_in.weight.dtype
     exchange_layers(unet, device, dtype)
     if dtype != torch.float32:
         unet.forward = _without_autocast(unet.forward, device.type, dtype)

@@ -5,6 +5,7 @@ Letters: L tokens (77 for each chunk of a caption), D width of an embedding, D2 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from src import conditioning
 from src.dataset import Example
 from src.errors import UserError, refused
+from src.folders import check_space
 from src.training.tensor_store import Tensors, TensorStore, key_of
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ class TextCache:
     """The embeddings of captions, in memory and in ``folder``. Captions are taken literally, and never cut.
 
     ``encoder_id`` names the encoders' weights (their hash). The encoders are on ``device`` only while something is encoded.
+    ``stores_in``: what the embeddings are rounded to (None: as they are), which is nothing lost where the U-Net does so.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class TextCache:
         *,
         encoder_id: str,
         clip_skip: int = 1,
+        stores_in: torch.dtype | None = None,
         device: torch.device | str,
         say: Callable[[str], None],
     ) -> None:
@@ -52,7 +56,8 @@ class TextCache:
         self._device = torch.device(device)
         self._encoders = [encoder for name in ENCODERS if (encoder := getattr(pipeline, name, None)) is not None]
         self._dtype = str(pipeline.text_encoder.dtype).removeprefix("torch.")
-        self._store = TensorStore(folder, say)
+        self._stores_in = stores_in or pipeline.text_encoder.dtype
+        self._folder, self._store = folder, TensorStore(folder, say)
         self._chunks: dict[str, int] = {}
 
     def chunks(self, caption: str) -> int:
@@ -64,7 +69,7 @@ class TextCache:
     def encode(self, captions: Iterable[str], on_progress: Callable[[int, int], None] | None = None) -> None:
         """Encode what is not yet on disk, each caption once, and the empty one for dropped captions.
 
-        ``on_progress`` is told how many of how many are done. Raises UserError: embeddings that are no numbers.
+        ``on_progress`` is told how many of how many are done. Raises UserError: embeddings that are no numbers, a full disk.
         """
         wanted = list(dict.fromkeys(["", *captions]))
         missing = [caption for caption in wanted if self._read(caption) is None]
@@ -73,6 +78,8 @@ class TextCache:
         report(done, len(wanted))
         if not missing:
             return
+        shapes = [conditioning.embedding_shape(self._pipeline, self.chunks(caption)) for caption in missing]
+        check_space(self._folder, sum(math.prod(shape) for shape in shapes) * self._stores_in.itemsize)
         home = [encoder.device for encoder in self._encoders]
         for encoder in self._encoders:
             encoder.to(self._device)
@@ -109,9 +116,9 @@ class TextCache:
     def _encode(self, caption: str) -> Tensors:
         with torch.no_grad():
             embedding = conditioning.embed(self._pipeline, caption, self.chunks(caption), clip_skip=self._clip_skip)
-        tensors = {"tokens": embedding.tokens.cpu()}
+        tensors = {"tokens": embedding.tokens.to("cpu", self._stores_in)}
         if embedding.pooled is not None:
-            tensors["pooled"] = embedding.pooled.cpu()
+            tensors["pooled"] = embedding.pooled.to("cpu", self._stores_in)
         if not _all_finite(tensors):
             raise refused(f"the text encoder gives values that are no numbers in {self._dtype}; use --mixed_precision no")
         return tensors
@@ -125,7 +132,10 @@ class TextCache:
         return self._store.read(self._key(caption), is_right)
 
     def _key(self, caption: str) -> str:
+        stored = str(self._stores_in).removeprefix("torch.")
+        rounded = {} if stored == self._dtype else {"stored": stored}
         return key_of(
+            **rounded,
             kind="text",
             version=VERSION,
             caption=caption,

@@ -1,4 +1,7 @@
-"""One training from start to end: read, encode, put the adapter in, loop, finish. What has done its work leaves the card."""
+"""One training from start to end: read, encode, let something learn, loop, finish. What has done its work leaves the card.
+
+What learns, an adapter or weights of the U-Net, is a `Learning`: it knows how that is built, saved, and spoken of.
+"""
 
 from __future__ import annotations
 
@@ -24,41 +27,46 @@ from src.diffusion import NoiseSchedule, check_loss
 from src.errors import ExitCode, UserError, refused, usage_error
 from src.model_shapes import read_shapes
 from src.terminal import Terminal, counted
-from src.train_config import TrainRun, learning_rates
-from src.training.batches import Feeder, Trainee
+from src.train_config import TrainRun
+from src.training.adapter_learning import AdapterLearning
+from src.training.batches import Feeder, Trainee, versions_of
 from src.training.class_images import draw_class_images
 from src.training.engine import autocast_dtype, build_accelerator, size_step_px, total_steps
-from src.training.facts import adapter_facts, machine_facts, weights_digest
+from src.training.facts import machine_facts, weights_digest, weights_sha256
 from src.training.history import History
 from src.training.interruption import Interruption
 from src.training.judging import Judge
 from src.training.latent_cache import LatentCache
 from src.training.live_text import LiveText
 from src.training.loop import Job, Progress, train
-from src.training.network import LoraNetwork, MovingAverage
+from src.training.model_saving import ModelSaver
+from src.training.network import MovingAverage
 from src.training.optimizers import build_optimizer
 from src.training.saving import Saver
-from src.training.speed import prepare_for_speed
 from src.training.text_cache import TextCache
+from src.training.unet_learning import UnetLearning
 from src.training_memory import TrainingNeed, choose, describe
+from src.training_start import read_pictures
 
-COPIES = 6  # of the adapter in a checkpoint: diffusers', PEFT's, what goes on, and two moments of the optimizer, and one spare
+Learning = AdapterLearning | UnetLearning
 
 
 class Trainer:
     """Builds what the loop needs out of a run's settings, and ends it properly."""
 
-    def __init__(self, run: TrainRun, terminal: Terminal, dataset: Dataset | None = None) -> None:
-        """``dataset``: as `read_dataset` gives it, if it has been read already."""
+    def __init__(
+        self, run: TrainRun, terminal: Terminal, dataset: Dataset | None = None, learning: Learning | None = None
+    ) -> None:
+        """``dataset``: as `read_dataset` gives it, if it has been read already. ``learning``: what learns; None: an adapter."""
         self.run, self.terminal, self._dataset = run, terminal, dataset
+        self.learning = learning or AdapterLearning(run)
         self.accelerator = build_accelerator(run)
         self.is_main = self.accelerator.is_main_process
         train = run.train  # what was left open is decided now, and stands so in the checkpoints and the report
         train.mixed_precision = self.accelerator.mixed_precision
         if run.model.precision == "auto":
             run.model.precision = {"no": "fp32"}.get(train.mixed_precision, train.mixed_precision)
-        train.learning_rate = learning_rates(train)["unet"]
-        train.alpha = float(train.rank) if train.alpha is None else train.alpha
+        self.learning.settle()
         self.progress = Progress()
         self._checkpoints_gradients = bool(run.train.gradient_checkpointing)
 
@@ -115,7 +123,7 @@ class Trainer:
 
     # -- preparing
 
-    def _prepare(self, store: CheckpointFolder) -> tuple[Job, Saver, Judge]:
+    def _prepare(self, store: CheckpointFolder) -> tuple[Job, Saver | ModelSaver, Judge]:
         train = self.run.train
         if train.class_prompt is not None and self.is_main:
             draw_class_images(self.run, class_folder(self.run), self.say)
@@ -132,7 +140,7 @@ class Trainer:
             latents, texts, judge = self._encode(model, dataset, priors, schedule)
         self._plan(model, budget_bytes)
         network = self._build_network(model)
-        store.check_space(COPIES * sum(4 * parameter.numel() for parameter in network.trainable().values()))
+        store.check_space(self.learning.space_bytes(network, model))
         live_text = LiveText(model.pipeline) if train.train_text_encoder else None
         trainee = self.accelerator.prepare(Trainee(model.pipeline.unet, live_text))
         optimizer = self.accelerator.prepare(build_optimizer(network.groups(), train))
@@ -142,21 +150,23 @@ class Trainer:
             processes=self.accelerator.num_processes, live_text=train.train_text_encoder, is_sdxl=model.family == "SDXL",
         )  # fmt: skip
         steps = total_steps(self.run, feeder.order.batches_per_epoch)
+        self.learning.settle_steps(steps)
         history = History(store.root / "log.jsonl") if self.is_main else History(None)
-        facts = adapter_facts(self.run, model, dataset)
         machine = machine_facts(model, self.accelerator.num_processes)
-        run_facts = {"dataset": dataset.digest, "base_sha256": facts.base_sha256, "machine": machine}
-        saver = Saver(store, self.run, model, network, average, optimizer.optimizer, self.accelerator.scaler, facts, run_facts)
+        base_sha256 = weights_sha256(self.run, model)
+        run_facts = {"dataset": dataset.digest, "base_sha256": base_sha256, "machine": machine}
+        scaler = self.accelerator.scaler
+        saver = self.learning.saver(store, model, network, average, optimizer.optimizer, scaler, dataset, run_facts)
         judge.start(saver, history)
         job = Job(
             train, steps, self.accelerator, trainee, network, optimizer, feeder, schedule.to(self.accelerator.device),
             history, average, show=self._show, judge=self._on_main(judge.judge), save=self._on_main(judge.save),
         )  # fmt: skip
-        self._say_plan(model, dataset, priors, network, job)
+        self._say_plan(dataset, priors, network, job)
         return job, saver, judge
 
     def _load_model(self) -> LoadedModel:
-        config = self.run.app_config()
+        config = self.learning.loading(self.run.app_config())
         device = self.accelerator.device
         config.model.device = str(device) if device.type == "cuda" else device.type  # several processes count CPUs, too
         started = time.monotonic()
@@ -172,10 +182,7 @@ class Trainer:
         train = self.run.train
         resolution_px = train.resolution or model.native_size_px
         options = {"step_px": size_step_px(model), "buckets": train.buckets}
-        dataset = self._dataset or read_dataset(
-            Path(train.dataset_dir).expanduser(), resolution_px, validation_every=train.validation_every,
-            masked=train.masked_loss, **options,
-        )  # fmt: skip
+        dataset = self._dataset or read_pictures(self.run, resolution_px, size_step_px(model), self.say)
         for note in dataset.notes:
             self.say(f"data    {note}")
         if not train.sample_prompts:
@@ -201,11 +208,15 @@ class Trainer:
             pipeline.vae.to(torch.float32)
         latents = LatentCache(pipeline.vae, cache, vae_id=weights_digest(pipeline.vae), device=device, say=self.say)
         encoders = nn.ModuleList([pipeline.text_encoder, *filter(None, [getattr(pipeline, "text_encoder_2", None)])])
-        texts = TextCache(pipeline, cache, encoder_id=weights_digest(encoders), device=device, say=self.say)
+        rounds_to = None if train.part is None else autocast_dtype(self.accelerator)  # there the encoders are in fp32
+        texts = TextCache(
+            pipeline, cache, encoder_id=weights_digest(encoders), stores_in=rounds_to, device=device, say=self.say
+        )
+        learnt = [version for example in dataset.train for version in versions_of(example, train)]
         with self.accelerator.main_process_first():  # the others find everything in the cache
-            latents.encode([*dataset.train, *dataset.held_out, *priors], False, self._encoding("pictures"))
+            latents.encode([*learnt, *dataset.held_out, *priors], False, self._encoding("pictures"))
             if train.flip:
-                latents.encode(dataset.train, True, self._encoding("mirrored pictures"))
+                latents.encode(learnt, True, self._encoding("mirrored pictures"))
             captions = [caption for example in (*dataset.train, *dataset.held_out, *priors) for caption in example.captions]
             texts.encode(captions, self._encoding("captions"))
         self.terminal.end_progress()
@@ -223,22 +234,10 @@ class Trainer:
 
         return report
 
-    def _build_network(self, model: LoadedModel) -> LoraNetwork:
-        train, device, unet = self.run.train, self.accelerator.device, model.pipeline.unet
-        if train.quantize:
-            from src.quantization import quantize_unet
-
-            quantize_unet(unet, train.quantize)
-        unet.to(device).train()
-        models: dict[str, nn.Module] = {"unet": unet}
-        if train.train_text_encoder:
-            for name in ("text_encoder", "text_encoder_2"):
-                if (encoder := getattr(model.pipeline, name, None)) is not None:
-                    models[name] = encoder.to(device).train()
-        network = LoraNetwork(models, train, computes_in=autocast_dtype(self.accelerator))
-        prepare_for_speed(unet)
+    def _build_network(self, model: LoadedModel) -> Any:
+        network = self.learning.build(model, self.accelerator)
         if self._checkpoints_gradients:
-            for part in models.values():
+            for part in network.models.values():
                 enable = getattr(part, "enable_gradient_checkpointing", None) or part.gradient_checkpointing_enable
                 enable()
         return network
@@ -251,7 +250,7 @@ class Trainer:
 
     def _plan(self, model: LoadedModel, budget_bytes: int | None) -> None:
         """Decide whether activations are computed twice rather than kept: as the user says, or as the memory asks for."""
-        need = TrainingNeed.of(self.run.train, model.native_size_px, model.precision)
+        need = TrainingNeed.of(self.run.train, model.native_size_px, self.learning.frozen_precision(model))
         plan = choose(read_shapes(model.config_folder), need, budget_bytes, on_card=self.accelerator.device.type != "cpu")
         self.say(f"plan    {describe(plan)}")
         self._checkpoints_gradients = bool(plan.need.gradient_checkpointing)
@@ -282,11 +281,8 @@ class Trainer:
         if self.run.train.tracker:
             self.accelerator.log({"loss": loss, "lr": rate}, step=progress.step)
 
-    def _say_plan(
-        self, model: LoadedModel, dataset: Dataset, priors: Sequence[Example], network: LoraNetwork, job: Job
-    ) -> None:
+    def _say_plan(self, dataset: Dataset, priors: Sequence[Example], network: Any, job: Job) -> None:
         train = self.run.train
-        numbers = sum(parameter.numel() for parameter in network.trainable().values())
         held = f", {len(dataset.held_out)} held out" if dataset.held_out else ""
         prior = f", {len(priors)} of the class" if priors else ""
         self.say(f"data    {counted(len(dataset.train), 'picture')}{held}{prior}; trigger: {dataset.trigger or 'none'}")
@@ -298,12 +294,11 @@ class Trainer:
             )
         if job.schedule.has_zero_terminal_snr and train.snr_gamma is not None:
             self.say("loss    min-SNR gives the timestep of pure noise the weight 0; --snr_gamma none lets it be learnt")
-        if train.use_dora and train.format == "kohya":
-            self.say("format  A1111 and ComfyUI draw a DoRA of this kind otherwise; for those, train without --dora")
-        learns = "U-Net and text encoders" if train.train_text_encoder else "U-Net"
+        for note in self.learning.notes():
+            self.say(note)
         a_step = train.batch_size * train.gradient_accumulation_steps * self.accelerator.num_processes
         self.say(
-            f"adapter rank {train.rank}, {train.targets}, {numbers:,} numbers ({learns}); {counted(job.total_steps, 'step')} "
+            f"{self.learning.line(network)}; {counted(job.total_steps, 'step')} "
             f"of {counted(a_step, 'picture')}, {order.batches_per_epoch} batches an epoch, "
             f"mixed precision: {train.mixed_precision}"
         )
@@ -323,7 +318,7 @@ class Trainer:
     def _size_words(self) -> str:
         train = self.run.train
         resolution = f"resolution {train.resolution}" if train.resolution else "the model's own resolution"
-        return f"step {self.progress.step + 1}, {resolution}, batch size {train.batch_size}, rank {train.rank}"
+        return f"step {self.progress.step + 1}, {resolution}, batch size {train.batch_size}, {self.learning.size_words()}"
 
     def _way_out(self) -> str:
         """The next smaller thing to try."""
@@ -332,17 +327,15 @@ class Trainer:
             return "use --gradient_checkpointing"
         if train.batch_size > 1:
             return f"use --batch_size 1 --gradient_accumulation {train.batch_size}"
-        return "use a smaller --resolution" if train.quantize else "use --quantize nf4, or a smaller --resolution"
+        return self.learning.way_out()
 
-    def _finish(self, saver: Saver, judge: Judge) -> None:
+    def _finish(self, saver: Saver | ModelSaver, judge: Judge) -> None:
         judge.follow_up()
         final = judge.publish_final(self.progress)
         self.say(f"saved   {final}")
         self.say(f"best    {judge.best_line()}")
         self.say(f"report  {saver.store.root / 'report.html'}")
-        prompt, model = shlex.quote(saver.run.train.sample_prompts[0]), self.run.model.model_id
-        of_model = "" if model == TrainRun().model.model_id else f" --model {shlex.quote(model)}"
-        self.say(f"draw    python main.py {prompt} --lora {shlex.quote(str(final))}{of_model}")
+        self.say(f"draw    {self.learning.draw_command(final, saver.run.train.sample_prompts[0])}")
 
 
 def usual_prompt(dataset: Dataset) -> str:
@@ -356,8 +349,9 @@ def usual_prompt(dataset: Dataset) -> str:
 def resume_command(run: TrainRun, processes: int = 1) -> str:
     """What to type to go on after an interruption."""
     launcher = "python" if processes == 1 else f"accelerate launch --multi_gpu --num_processes {processes}"
-    output = f" --output_dir {shlex.quote(run.train.output_dir)}" if run.train.output_dir != TrainRun().train.output_dir else ""
-    return f"{launcher} -m src.train_lora --dataset_dir {shlex.quote(run.train.dataset_dir)}{output} --resume"
+    usual = type(run)().train.output_dir
+    output = f" --output_dir {shlex.quote(run.train.output_dir)}" if run.train.output_dir != usual else ""
+    return f"{launcher} -m {run.door} --dataset_dir {shlex.quote(run.train.dataset_dir)}{output} --resume"
 
 
 def class_folder(run: TrainRun) -> Path:

@@ -1,4 +1,4 @@
-"""``report.html`` beside an adapter: settings, curves, sample pictures step by step, scores, photos, and how to read them.
+"""``report.html`` of a training: settings, curves, sample pictures step by step, scores, photos, and how to read them.
 
 Made of what is on the disk, the log and the sample pictures, so it can be made again after any interruption.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from src.dataset import Example, load_picture
 from src.errors import UserError
 from src.files import publish_bytes
 from src.images import read_image
-from src.train_config import TrainConfig, TrainRun
+from src.train_config import LoopConfig, TrainRun
 from src.training.history import History
 from src.training.samples import saved_samples
 from src.training.scores import Best, balance, scores_of
@@ -32,17 +32,17 @@ The loss of training says little by itself: each step draws other noise levels, 
 jumps, and its level hardly falls while the pictures change. A loss that climbs, or is no number, does mean something: the \
 learning rate is too high.
 The validation loss is measured on pictures that are not learnt, always at the same noise levels with the same noise. It \
-falls while the adapter learns what the pictures have in common, and rises when it learns them by heart. Near its minimum \
+falls while it learns what the pictures have in common, and rises when it learns them by heart. Near its minimum \
 the likeness is usually best; later checkpoints are often usable, but vary less. \
 Where the curve and the pictures disagree, believe the pictures."""
 _ON_SAMPLES = """\
-Each row is one prompt, always with the same seed, drawn by the adapter as it was at that step; step 0 is the model without \
-it. Look for the step at which the subject is right and the rest of the prompt is still there. When backgrounds of the \
+Each row is one prompt, always with the same seed, drawn by what was learnt up to that step; step 0 is the model as it \
+was before. Look for the step at which the subject is right and the rest of the prompt is still there. When backgrounds of the \
 photos appear in every picture, or colours harden, it has trained too long."""
 _ON_SCORES = """\
 CLIP-I: mean cosine of CLIP features between the pictures and the photos, fidelity to the subject. CLIP-T: between each \
 picture and its prompt without the made-up word, faithfulness to the prompt. Balance: their geometric mean relative to the \
-model without the adapter. CLIP also takes a copied background for likeness, and a few pictures are a small sample: \
+model before. CLIP also takes a copied background for likeness, and a few pictures are a small sample: \
 differences of a hundredth mean nothing."""
 
 
@@ -181,9 +181,10 @@ def _photos(photos: Sequence[Example]) -> str | None:
 
 
 def _settings(run: TrainRun) -> str:
-    """All settings of the training; those that were chosen are marked."""
-    usual = asdict(TrainConfig())
-    rows = list(asdict(run.train).items())
+    """All settings of the training, those of its kind first; those that were chosen are marked."""
+    usual = asdict(type(run.train)())
+    shared = {item.name for item in fields(LoopConfig)}
+    rows = sorted(asdict(run.train).items(), key=lambda row: row[0] in shared)
     chosen = [index for index, (name, value) in enumerate(rows) if value != usual[name]]
     about = report.text("Marked: not the default. The settings are also in config.yaml of each checkpoint.")
     return report.section(

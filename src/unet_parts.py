@@ -1,0 +1,46 @@
+"""The parts of a U-Net that a fine-tuning may train alone: which parameters they are, and how many. No torch."""
+
+from __future__ import annotations
+
+from src.model_shapes import Block, ModelShapes, conv, linear, norm, resnet_layers, transformer_layers, unet_blocks
+from src.unet_weights import transformers
+
+LAST_BLOCKS = 2  # of the way up, those of the highest resolutions
+OUTPUT = ("conv_norm_out.", "conv_out.")
+
+
+def is_in_part(name: str, part: str, up_blocks: int) -> bool:
+    """Whether the parameter of this name belongs to the part, of a U-Net with so many blocks on the way up."""
+    if part == "cross-attention":
+        return ".attn2." in name
+    if part == "mid":
+        return name.startswith("mid_block.")
+    last = tuple(f"up_blocks.{number}." for number in range(max(0, up_blocks - LAST_BLOCKS), up_blocks))
+    return part == "all" or name.startswith((*last, *OUTPUT))
+
+
+def part_numbers(shapes: ModelShapes, part: str) -> int:
+    """How many numbers learn."""
+    down, mid, up = unet_blocks(shapes.unet)
+    first = shapes.unet["block_out_channels"][0]
+    if part == "all":
+        return shapes.parameters["unet"]
+    if part == "cross-attention":
+        return sum(_cross_attention(block, mid) for block in (*down, *([mid] if mid else []), *up))
+    if part == "mid":
+        return _block(mid, mid, first) if mid else 0
+    output = norm(first) + conv(first, shapes.unet.get("out_channels", 4))
+    return output + sum(_block(block, mid, first) for block in up[-LAST_BLOCKS:])
+
+
+def _cross_attention(block: Block, mid: Block | None) -> int:
+    """Query and output of the picture's width, key and value from the text's."""
+    width, context = block.channels, block.context
+    layer = linear(width, width, bias=False) + 2 * linear(context, width, bias=False) + linear(width, width)
+    return transformers(block, mid) * block.depth * layer
+
+
+def _block(block: Block, mid: Block | None, first: int) -> int:
+    count = sum(sum(resnet_layers(inputs, outputs, 4 * first)) for inputs, outputs in block.resnets)
+    count += transformers(block, mid) * sum(transformer_layers(block.channels, block.depth, block.context))
+    return count + conv(block.channels, block.channels) * block.resample

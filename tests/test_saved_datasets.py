@@ -1,0 +1,53 @@
+"""Data sets that `datasets` saved: unpacked once, byte for byte, with all captions; and one line for what is none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from src.errors import UserError
+from src.saved_datasets import unpacked
+from tests.tiny import training
+
+datasets = pytest.importorskip("datasets")
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    pictures = sorted(training.photos(tmp_path / "photos", 3).glob("*.png"))
+    rows = {"image": list(map(str, pictures)), "caption": [[f"one {n}", f"two {n}"] for n in range(3)], "other": [1, 2, 3]}
+    data = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    datasets.DatasetDict({"train": data, "test": data}).save_to_disk(str(tmp_path / "saved"))
+    return tmp_path / "saved"
+
+
+def test_pictures_and_captions_come_out_as_they_went_in(saved: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    folder = unpacked(saved, tmp_path / "cache", said.append)
+    originals = [path.read_bytes() for path in sorted((tmp_path / "photos").glob("*.png"))]
+    assert [path.read_bytes() for path in sorted(folder.glob("*.png"))] == originals
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    assert [line["captions"] for line in lines] == [[f"one {n}", f"two {n}"] for n in range(3)]
+    stamps = [path.stat().st_mtime_ns for path in folder.iterdir()]
+    assert unpacked(saved, tmp_path / "cache", said.append) == folder
+    assert [path.stat().st_mtime_ns for path in folder.iterdir()] == stamps
+    assert len(said) == 2
+    assert unpacked(saved / "test", tmp_path / "cache", said.append).is_dir()  # one split alone
+
+
+def test_a_folder_of_pictures_is_left_alone(tmp_path: Path) -> None:
+    folder = training.photos(tmp_path / "photos", 1)
+    assert unpacked(folder, tmp_path / "cache", print) == folder
+
+
+def test_what_cannot_be_used_is_one_line(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"image": [1, 2], "caption": ["a", "b"]}).save_to_disk(str(tmp_path / "numbers"))
+    with pytest.raises(UserError, match="needs a column 'image' of pictures"):
+        unpacked(tmp_path / "numbers", tmp_path / "cache", print)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "state.json").write_text("{}")
+    with pytest.raises(UserError, match="cannot be read by `datasets`") as caught:
+        unpacked(tmp_path / "broken", tmp_path / "cache", print)
+    assert "\n" not in str(caught.value)
