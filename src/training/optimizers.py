@@ -122,3 +122,7 @@ def unpack_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], t
             if values[key].shape != parameters[index].shape:
                 raise ValueError(f"the optimizer's state has shape {tuple(values[key].shape)} for parameter {index}")
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for parameter, values in optimizer.state.items():  # the fused kernels read all in the memory's order, such as channels last
+        for key, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
