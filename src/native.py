@@ -4,7 +4,7 @@ On Linux on x86-64 with AVX2; elsewhere, and with ``SD_NATIVE=0`` in the environ
 slowly. The compiled library is kept in the user's cache folder (``$XDG_CACHE_HOME/text-to-image``), and used from there only
 if it is the user's own.
 
-Milliseconds on two cores of an AMD EPYC (Zen 5), bf16: the best that torch has, then these. Where a CPU has AMX, whose products
+Milliseconds on two cores of an AMD EPYC (Zen 5), bf16, in one run: the best that torch has, then these. Where a CPU has AMX, whose products
 are faster than those that are used here, attention stays torch's: that has not been measured.
 
     attention, 4096 x 4096, 2 x 8 heads of 40        138    81
@@ -149,7 +149,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         if (library := _open(folder and folder / f"native-{key}.so")) is not None:
             return _with_types(library), None
         if compiler is None:
-            return None, "no C++ compiler is installed; with one (apt install g++) a CPU draws a sixth faster"
+            return None, "no C++ compiler is installed; with one (apt install g++) a picture takes a sixth less time"
         failed = folder and folder / f"native-{key}.failed"
         if failed and _read_own(failed) == of_compiler.encode():
             return None, f"{compiler} could not compile the kernels when it was tried; delete {failed} to try again"

@@ -9,6 +9,8 @@ import pytest
 
 from src import cli, example_subject, finetune_arguments, orders, prepare_dataset, train_arguments
 from src.arguments import build_config, parse_arguments
+from src.scratch import __main__ as scratch
+from src.scratch.settings import PHASES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,6 +26,7 @@ ALL_LINES = [
 ]
 TRAINING = [line for line in ALL_LINES if "src.train_lora " in line]
 FINETUNING = [line for line in ALL_LINES if "src.finetune " in line]
+SCRATCH = [line for line in ALL_LINES if "src.scratch " in line]
 PREPARING = [line for line in ALL_LINES if "src.prepare_dataset " in line]
 COMMANDS = [line for line in LINES if line.startswith("python main.py")]
 QUICK = ("--estimate-vram", "--list-schedulers", "--help")
@@ -79,6 +82,15 @@ def test_preparing_commands_parse_and_their_settings_exist(command: str) -> None
     words = shlex.split(command)
     typed = prepare_dataset.command_line().parse(words[words.index("src.prepare_dataset") + 1 :])
     assert prepare_dataset.read_config(typed).src
+
+
+@pytest.mark.parametrize("command", SCRATCH, ids=lambda line: line[-60:])
+def test_commands_of_the_phases_parse_and_their_settings_exist(command: str, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command, comments=True)
+    typed = scratch.command_line().parse(words[words.index("src.scratch") + 1 :])
+    assert typed["words"] in ("all", *PHASES, *scratch.TOOLS)
+    assert scratch.read_settings(typed, typed["words"])
 
 
 def test_make_targets_exist() -> None:

@@ -23,8 +23,8 @@ from src.bench.report import Report, Row
 from src.config import PROJECT_FOLDER
 from src.errors import ExitCode, UserError
 
-PARTS = ("start", "swap", "speed", "memory", "growth", "quality", "train")
-ON_CARD = ("memory", "quality", "train")  # where there is one; the others ask the CPU
+PARTS = ("start", "swap", "speed", "memory", "growth", "quality", "train", "designs")
+ON_CARD = ("memory", "quality", "train", "designs")  # where there is one; the others ask the CPU
 RUNS, DRAWINGS = 10, 5
 WRONG_FLAG = "--widht"
 PROMPT = "a red circle on a white background"
@@ -58,6 +58,7 @@ def main(argv: list[str]) -> int:
         ),
         "memory": lambda: _in_folder("memory", full=options.full), "growth": lambda: _in_folder("growth", full=options.full),
         "quality": lambda: _in_folder("quality", full=options.full),
+        "designs": lambda: _in_folder("designs", compiled=options.compiled),
         "train": lambda: _in_folder("train", full=options.full, script=options.script),
     }  # fmt: skip
     try:

@@ -119,7 +119,8 @@ def text_tower_state(clip: CLIPModel) -> dict[str, Tensor]:
 def transformers_files(model: torch.nn.Module) -> dict[str, bytes]:
     """A transformers component's folder, in fp16."""
     weights = {key: value.detach().cpu().half().contiguous() for key, value in model.state_dict().items()}
-    config = model.config.to_dict() | {"architectures": [type(model).__name__], "dtype": "float16"}
+    # The files are fp16; as such the tower would be loaded by default, beside a U-Net that diffusers loads in fp32.
+    config = model.config.to_dict() | {"architectures": [type(model).__name__], "dtype": "float32"}
     return {
         "config.json": json.dumps(config, indent=2, default=str).encode(),
         "model.safetensors": safetensors.torch.save(weights, {"format": "pt"}),

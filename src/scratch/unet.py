@@ -60,6 +60,16 @@ def build(settings: UnetSettings, text_width: int, latents: tuple[int, int]) -> 
     )  # fmt: skip
 
 
+def prepared(unet: UNet2DConditionModel, device: torch.device) -> UNet2DConditionModel:
+    """On its device, with channels last and, on a CPU, attention whose backward pass is fast."""
+    unet = unet.to(device, memory_format=torch.channels_last)
+    if device.type == "cpu":
+        for module in unet.modules():
+            if isinstance(module, Attention) and is_plain(module):
+                module.set_processor(CpuAttention())
+    return unet
+
+
 def learn_unet(work: Work, settings: ScratchSettings, terminal: Terminal) -> dict[str, float]:
     """Learn to predict noise, and publish a diffusers folder."""
     inputs, device = work.inputs("unet"), device_of(settings.machine)
@@ -69,11 +79,7 @@ def learn_unet(work: Work, settings: ScratchSettings, terminal: Terminal) -> dic
     scenes = read_pictures(work.result("scenes"), "held-out", CHECKED).scenes
     torch.manual_seed(settings.unet.seed)
     unet = build(settings.unet, training.embeddings.shape[-1], (training.latents.shape[1], training.latents.shape[-1]))
-    unet = unet.to(device, memory_format=torch.channels_last)
-    if device.type == "cpu":
-        for module in unet.modules():
-            if isinstance(module, Attention) and is_plain(module):
-                module.set_processor(CpuAttention())
+    unet = prepared(unet, device)
     step_model = torch.compile(unet) if settings.machine.compile else unet
     schedule = NoiseSchedule.from_config(SCHEDULER).to(device)
 

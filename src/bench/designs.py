@@ -1,0 +1,84 @@
+"""How many samples a second each design of a small U-Net learns on this machine: what the hours of a recipe buy.
+
+A sample is one forward and one backward pass with its share of the optimizer's step. Wide and few layers keep the matrix units at
+work, narrow and many do not; which of two learns more from a sample is another question, that a training has to answer.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from src.bench.report import Row
+from src.diffusion import NoiseSchedule
+from src.scratch import unet
+from src.scratch.learning import device_of, precision_of
+from src.scratch.settings import MachineSettings, UnetSettings
+from src.training.speed import keep_freed_memory
+
+TEXT_WIDTH, LENGTH, CAPTIONS = 192, 32, 100
+WARM_UP, STEPS = 2, 5
+DESIGNS = {  # latents (channels, side), and what differs from the recipe
+    "the first model's": ((4, 16), {"channels": (64, 128, 192), "head_width": 16}),
+    "two levels, narrow": ((4, 16), {"channels": (96, 192)}),
+    "two levels": ((4, 16), {"channels": (128, 256)}),
+    "two levels, batches of 128": ((4, 16), {"channels": (128, 256), "batch_size": 128}),
+    "three levels": ((4, 16), {"channels": (96, 192, 256)}),
+    "fewer latents, one level": ((16, 8), {"channels": (320,)}),
+    "fewer latents, two levels": ((16, 8), {"channels": (224, 320)}),
+}
+
+
+def run(folder: Path, *, compiled: bool = False) -> Iterator[str | Row]:
+    """Time the steps of each design, in turn, and give the lines of the report. ``compiled``: with torch.compile as well."""
+    machine = MachineSettings()
+    device = device_of(machine)
+    if device.type == "cpu":
+        keep_freed_memory()
+    yield f"a training step of a U-Net on random latents, {LENGTH} tokens of text, AdamW, bf16 where it is faster; median of {STEPS}"
+    for name, (latents, changes) in DESIGNS.items():
+        for is_compiled in (False, True) if compiled else (False,):
+            yield {"": f"{name}{', compiled' if is_compiled else ''}"} | _measure(
+                UnetSettings(**changes), latents, device, is_compiled
+            )
+
+
+def _measure(settings: UnetSettings, latents: tuple[int, int], device: torch.device, is_compiled: bool) -> Row:
+    torch.manual_seed(0)
+    channels, side = latents
+    network = unet.prepared(unet.build(settings, TEXT_WIDTH, latents), device)
+    count = 4 * settings.batch_size
+    material = unet.Material(
+        torch.randn(count, channels, side, side), torch.randn(CAPTIONS, LENGTH, TEXT_WIDTH).bfloat16(),
+        torch.randint(CAPTIONS, (count,)),
+    )  # fmt: skip
+    schedule = NoiseSchedule.from_config(unet.SCHEDULER).to(device)
+    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+    stepping = torch.compile(network) if is_compiled else network
+    random, none = torch.Generator().manual_seed(0), torch.zeros(settings.batch_size, dtype=torch.bool)
+
+    def step() -> float:
+        started = time.perf_counter()
+        which = torch.randint(count, (settings.batch_size,), generator=random)
+        with precision_of(MachineSettings(), device):
+            loss = unet.loss_of(stepping, material, which, none, random, schedule, settings, device)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        float(loss.detach())  # a card answers when it is done
+        return time.perf_counter() - started
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), precision_of(MachineSettings(), device):
+        unet.loss_of(network, material, torch.arange(1), none[:1], random, schedule, settings, device)
+    seconds = statistics.median([step() for _ in range(WARM_UP + STEPS)][WARM_UP:])
+    forward = counter.get_total_flops() / 1e9
+    return {
+        "M parameters": sum(item.numel() for item in network.parameters()) / 1e6, "GFLOP forward": forward,
+        "ms a sample": seconds / settings.batch_size * 1e3, "samples an hour": round(3600 * settings.batch_size / seconds),
+        "TFLOP/s": 3 * forward * settings.batch_size / seconds / 1e3,
+    }  # fmt: skip
