@@ -4,8 +4,8 @@ On Linux on x86-64 with AVX2; elsewhere, and with ``SD_NATIVE=0`` in the environ
 slowly. The compiled library is kept in the user's cache folder (``$XDG_CACHE_HOME/text-to-image``), and used from there only
 if it is the user's own.
 
-Milliseconds on two cores of an AMD EPYC (Zen 5), bf16, in one run: the best that torch has, then these. Where a CPU has AMX, whose products
-are faster than those that are used here, attention stays torch's: that has not been measured.
+Milliseconds on two cores of an AMD EPYC (Zen 5), bf16, in one run: the best that torch has, then these. Where a CPU has AMX,
+whose products are faster than those that are used here, attention stays torch's: that has not been measured.
 
     attention, 4096 x 4096, 2 x 8 heads of 40        138    81
     attention, 1024 x 1024, 2 x 8 heads of 80         31     9

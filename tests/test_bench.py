@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from src.bench import __main__ as bench
-from src.bench import growth, memory, quality, random_models, sdcpp_side, sides, speed, train
+from src.bench import designs, growth, memory, quality, random_models, sdcpp_side, sides, speed, train
 from src.bench.report import Report, device_name
 from src.bench.script_loop import ScriptLoop
 from src.config import PROJECT_FOLDER
@@ -220,3 +220,14 @@ def test_stable_diffusion_cpp_is_timed_by_what_it_prints(tmp_path) -> None:
         sdcpp_side.measure(drawing, tmp_path / "none")
     with pytest.raises(UserError, match="--sdcpp needs --full"):
         list(speed.run(tmp_path, full=False, sdcpp=program))
+
+
+def test_designs_are_timed_with_their_counted_work(tmp_path, monkeypatch) -> None:
+    tiny = {"channels": (16, 32), "head_width": 8, "batch_size": 2}
+    monkeypatch.setattr(designs, "DESIGNS", {"narrow": ((4, 8), tiny), "wide": ((4, 8), tiny | {"channels": (32, 64)})})
+    narrow, wide = (row for row in designs.run(tmp_path) if isinstance(row, dict))
+    assert (narrow[""], wide[""]) == ("narrow", "wide")
+    assert 3 < wide["GFLOP forward"] / narrow["GFLOP forward"] < 5  # twice as wide: about four times the products
+    assert 3 < wide["M parameters"] / narrow["M parameters"] < 5
+    assert narrow["samples an hour"] == pytest.approx(3_600_000 / narrow["ms a sample"], rel=0.01)
+    assert narrow["TFLOP/s"] == pytest.approx(3 * narrow["GFLOP forward"] / narrow["ms a sample"], rel=0.01)

@@ -1,4 +1,4 @@
-"""python -m src.bench [start|swap|speed|memory|growth|quality|train] [--full] : measure what the project promises.
+"""python -m src.bench [start|swap|speed|memory|growth|quality|train|designs] [--full] : measure what the project promises.
 
 ``--full`` takes models of the well-known shapes with random weights. Others measured beside ours: ``--script PATH``, diffusers'
 train_text_to_image_lora.py; ``--openvino PYTHON``, the interpreter of an environment with optimum-intel; ``--sdcpp PROGRAM``,

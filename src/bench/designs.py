@@ -1,7 +1,7 @@
 """How many samples a second each design of a small U-Net learns on this machine: what the hours of a recipe buy.
 
-A sample is one forward and one backward pass with its share of the optimizer's step. Wide and few layers keep the matrix units at
-work, narrow and many do not; which of two learns more from a sample is another question, that a training has to answer.
+A sample is one forward and one backward pass with its share of the optimizer's step. Wide and few layers keep the matrix units
+at work, narrow and many do not; which of two learns more from a sample is another question, which a training has to answer.
 """
 
 from __future__ import annotations
@@ -40,12 +40,11 @@ def run(folder: Path, *, compiled: bool = False) -> Iterator[str | Row]:
     device = device_of(machine)
     if device.type == "cpu":
         keep_freed_memory()
-    yield f"a training step of a U-Net on random latents, {LENGTH} tokens of text, AdamW, bf16 where it is faster; median of {STEPS}"
+    yield f"a step of training, random latents, {LENGTH} tokens of text, AdamW, bf16 where it is faster; median of {STEPS}"
     for name, (latents, changes) in DESIGNS.items():
         for is_compiled in (False, True) if compiled else (False,):
-            yield {"": f"{name}{', compiled' if is_compiled else ''}"} | _measure(
-                UnetSettings(**changes), latents, device, is_compiled
-            )
+            shown = f"{name}, compiled" if is_compiled else name
+            yield {"": shown} | _measure(UnetSettings(**changes), latents, device, is_compiled)
 
 
 def _measure(settings: UnetSettings, latents: tuple[int, int], device: torch.device, is_compiled: bool) -> Row:
