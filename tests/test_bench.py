@@ -23,7 +23,7 @@ from tests.tiny import pipelines
 
 def test_an_unknown_part_is_one_line(capsys) -> None:
     assert bench.main(["swop"]) == 2
-    parts = "start, swap, speed, memory, growth, quality, train"
+    parts = "start, swap, speed, memory, growth, quality, train, designs"
     assert capsys.readouterr().err.splitlines() == [f"error: there is no bench 'swop'; there are: {parts}"]
 
 

@@ -30,12 +30,19 @@ def adapter_file(folder: Path, seed: int, rank: int = 4, **more: object) -> Path
 # -- growth
 
 
+PLAIN = (torch.Tensor, torch.nn.Parameter)  # what other tests have traced has no memory of its own
+
+
 def living_tensors() -> tuple[int, int]:
     """How many tensors there are, and the bytes that they hold."""
     gc.collect()
     tensors = [item for item in gc.get_objects() if issubclass(type(item), Tensor)]  # isinstance would wake lazy modules
     packed = [tensor for tensor in tensors if tensor.is_mkldnn]  # has no storage that can be asked
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors if not tensor.is_mkldnn}
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage()
+        for tensor in tensors
+        if not tensor.is_mkldnn and type(tensor) in PLAIN
+    }
     return len(tensors), sum(item.nbytes() for item in storages.values()) + sum(item.numel() for item in packed)
 
 
