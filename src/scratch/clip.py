@@ -69,8 +69,11 @@ def learn_clip(work: Work, settings: ScratchSettings, terminal: Terminal) -> dic
     scenes, device, tokenizer = work.result("scenes"), device_of(settings.machine), read_tokenizer(work)
     training, judging = read_pictures(scenes, "train"), read_pictures(scenes, "held-out", JUDGED)
     tokens = tokens_of(tokenizer, training.captions)
+    tokens = tokens[:, : int(tokens.argmax(dim=1).max()) + 1]  # causal: nothing looks at what comes after the end
     torch.manual_seed(settings.clip.seed)
     clip = build(settings.clip, tokenizer).to(device)
+    if device.type == "cpu":
+        clip.set_attn_implementation("eager")  # the fused kernel's backward pass is slow for small heads on a CPU
 
     def features(ids: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
         output = clip(input_ids=ids.to(device), pixel_values=pixels.to(device))

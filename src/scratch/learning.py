@@ -24,6 +24,7 @@ from src.checkpoints import Checkpoint, CheckpointFolder
 from src.errors import ExitCode, UserError
 from src.images import encode_png
 from src.scratch import phase_report
+from src.scratch.muon import Muon, parameter_groups
 from src.scratch.settings import MachineSettings
 from src.terminal import Terminal
 from src.training.history import History
@@ -125,10 +126,8 @@ class Student:
         self.lesson, self.folder, self.machine, self.terminal = lesson, folder, machine, terminal
         self.device = next(lesson.model.parameters()).device
         self.parameters = {name: item for name, item in lesson.model.named_parameters() if item.requires_grad}
-        no_decay = [item for item in self.parameters.values() if item.ndim < 2]  # norms and biases
-        decay = [item for item in self.parameters.values() if item.ndim >= 2]
-        groups = [{"params": decay, "weight_decay": lesson.settings.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=lesson.settings.learning_rate, betas=(0.9, 0.99), fused=True)
+        groups = parameter_groups(lesson.model, lesson.settings.weight_decay)
+        self.optimizer = Muon(groups, lesson.settings.learning_rate)
         self.average = MovingAverage(self.parameters, lesson.settings.ema_decay)
         self.history = History(folder / "log.jsonl")
         self.step, self.seconds = 0, 0.0

@@ -35,15 +35,15 @@ class TokenizerSettings:
 class VaeSettings:
     """AutoencoderKL: a picture of 128 x 128 becomes 16 x 16 latents of 4 channels."""
 
-    channels: tuple[int, ...] = (32, 64, 128, 128)
+    channels: tuple[int, ...] = (16, 32, 64, 128)
     layers: int = 1
     latent_channels: int = 4
     crop_px: int = 64
     l1_weight: float = 0.2  # beside the squared error: sharper edges
     kl_weight: float = 2e-5
     steps: int = 6000
-    batch_size: int = 24
-    learning_rate: float = 1e-3
+    batch_size: int = 16
+    learning_rate: float = 2e-3
     warmup_steps: int = 100
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
@@ -76,10 +76,11 @@ class ClipSettings:
 
 @dataclass(slots=True)
 class UnetSettings:
-    """UNet2DConditionModel: predicts the noise in latents, told the timestep and the caption."""
+    """UNet2DConditionModel: tells noise from picture in latents, told the timestep and the caption."""
 
-    channels: tuple[int, ...] = (128, 256)
-    layers: int = 1
+    channels: tuple[int, ...] = (96, 192)
+    layers: int = 1  # of each level downwards, one more upwards
+    attention_levels: int = 1  # the innermost so many attend to pixels and caption
     head_width: int = 32
     caption_dropout: float = 0.1  # what guidance needs: some captions are empty
     snr_gamma: float = 5.0

@@ -26,16 +26,20 @@ from src.terminal import Terminal
 
 JUDGED = 128  # held-out pictures that it is judged by, and as many of training for the scale of its latents
 SHOWN = 8
+FIRST_LOG_VARIANCE = -6.0
 
 
 def build(settings: VaeSettings) -> AutoencoderKL:
-    """Random weights."""
+    """Random weights, but for latents that begin nearly without noise: at deviation 1 it would hide what there is to learn."""
     levels = len(settings.channels)
-    return AutoencoderKL(
+    vae = AutoencoderKL(
         in_channels=3, out_channels=3, latent_channels=settings.latent_channels, block_out_channels=settings.channels,
         down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
         layers_per_block=settings.layers, norm_num_groups=8, sample_size=SIZE_PX, mid_block_add_attention=False,
     )  # fmt: skip
+    with torch.no_grad():
+        vae.quant_conv.bias[settings.latent_channels :] = FIRST_LOG_VARIANCE
+    return vae
 
 
 def kl_to_normal(mean: Tensor, log_variance: Tensor) -> Tensor:

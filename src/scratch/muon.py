@@ -1,0 +1,102 @@
+"""Muon: each matrix moves along the nearest orthogonal matrix of its momentum (Jordan et al. 2024; Liu et al. 2025).
+
+    m = b m + (1 - b) g        u = (1 - b) g + b m        (Nesterov)
+    w = w - lr (0.2 sqrt(max(rows, columns)) orthogonal(u) + decay w)
+
+All directions of a matrix then learn equally fast, not only those of the largest gradients. The factor gives a step the size of
+AdamW's, so that both share a learning rate. Vectors, embeddings and the first layers are AdamW's (Loshchilov and Hutter 2019).
+torch.optim.Muon takes no convolutions, whose kernel is a matrix of (out, in * height * width).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from src import devices
+
+QUINTIC = (3.4445, -4.7750, 2.0315)  # of Newton and Schulz's iteration: brings singular values near 1 in five steps
+ITERATIONS = 5
+STEP_SIZE = 0.2  # root of the mean square of AdamW's steps
+MIN_SIDE = 16  # a thinner matrix has few directions to balance
+FIRST_LAYERS = ("conv_in", "patch_embedding")
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices inside the model, other matrices, and vectors (norms and biases), which do not decay."""
+    embeddings = {id(item.weight) for item in model.modules() if isinstance(item, nn.Embedding)}
+    inner: list[nn.Parameter] = []
+    outer: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    for name, item in model.named_parameters():
+        if not item.requires_grad:
+            continue
+        is_first = id(item) in embeddings or any(part in name for part in FIRST_LAYERS)
+        if item.ndim < 2:
+            vectors.append(item)
+        elif is_first or min(item.shape[0], item[0].numel()) < MIN_SIDE:
+            outer.append(item)
+        else:
+            inner.append(item)
+    groups = [(inner, True, weight_decay), (outer, False, weight_decay), (vectors, False, 0.0)]
+    return [{"params": items, "is_matrix": flag, "weight_decay": decay} for items, flag, decay in groups if items]
+
+
+class Muon(torch.optim.Optimizer):
+    """Over `parameter_groups`; ``momentum`` is the matrices', ``betas`` are AdamW's."""
+
+    def __init__(
+        self, groups: list[dict[str, Any]], lr: float, momentum: float = 0.95, betas: tuple[float, float] = (0.9, 0.99)
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "betas": betas, "weight_decay": 0.0, "is_matrix": True})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Move every parameter that has a gradient."""
+        if closure is not None:
+            raise ValueError("Muon takes no closure")
+        for group in self.param_groups:
+            move = self._along_orthogonal if group["is_matrix"] else self._as_adamw
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    move(parameter, parameter.grad, self.state[parameter], group)
+
+    @staticmethod
+    def _along_orthogonal(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        momentum = state.setdefault("momentum", torch.zeros_like(parameter))
+        momentum.lerp_(gradient, 1 - group["momentum"])
+        update = gradient.lerp(momentum, group["momentum"])
+        matrix = update.flatten(1) if update.ndim == 2 else update.permute(0, 2, 3, 1).flatten(1)  # no copy with channels last
+        direction = orthogonal(matrix).to(parameter.dtype)
+        if update.ndim == 4:
+            rows, columns, height, width = update.shape
+            direction = direction.view(rows, height, width, columns).permute(0, 3, 1, 2)
+        parameter.add_(direction, alpha=-group["lr"] * STEP_SIZE * max(matrix.shape) ** 0.5)
+
+    @staticmethod
+    def _as_adamw(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        mean, square = (state.setdefault(name, torch.zeros_like(parameter)) for name in ("exp_avg", "exp_avg_sq"))
+        state["step"] = step = state.get("step", 0) + 1
+        first, second = group["betas"]
+        mean.lerp_(gradient, 1 - first)
+        square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        deviation = (square / (1 - second**step)).sqrt_().add_(1e-8)
+        parameter.addcdiv_(mean, deviation, value=-group["lr"] / (1 - first**step))
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """Near ``U V^T`` of ``matrix = U S V^T`` (rows, columns): singular values of 0.7 to 1.2. In bf16 where that is fast."""
+    is_fast = matrix.device.type == "cuda" or (matrix.device.type == "cpu" and devices.cpu_has_bf16())
+    x = matrix.to(torch.bfloat16 if is_fast else torch.float32)
+    is_tall = x.shape[0] > x.shape[1]
+    x = x.T if is_tall else x
+    x = x / (x.norm() + 1e-7)
+    a, b, c = QUINTIC
+    for _ in range(ITERATIONS):
+        square = x @ x.T
+        x = a * x + (b * square + c * square @ square) @ x
+    return x.T if is_tall else x
