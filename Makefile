@@ -1,13 +1,14 @@
 # make demo   draw a picture with the embedded model        make check  lint, then the tests
 # make test   the whole test suite                          make bench  time and memory of what this project promises
 # make demo-lora   teach the embedded model something new, and show before and after: four minutes on two CPU cores
+# make embedded   the model that ships, from nothing: four hours on two CPU cores, in pieces as you like
 # make torture   hundreds of kills, cuts and full disks: half an hour
 # Each makes .venv and installs what it needs. PYTHON=python3.12 chooses another interpreter (3.10 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_PROMPT := a red circle left of a blue square on a white background
 
-.PHONY: demo demo-lora test check bench torture clean
+.PHONY: demo demo-lora embedded test check bench torture clean
 
 demo: .venv/installed
 	$(BIN)/python main.py "$(DEMO_PROMPT)" --model embedded --seed 87
@@ -23,6 +24,9 @@ demo-lora: .venv/installed
 	$(BIN)/python -m src.train_lora --config configs/train/demo.yaml --dataset_dir $(DEMO_LORA)/train --output_dir $(DEMO_LORA)/lora
 	$(DEMO_LORA_DRAW) --lora $(DEMO_LORA)/lora/final --output $(DEMO_LORA)/after
 	$(BIN)/python -m src.example_subject --before $(DEMO_LORA)/before --after $(DEMO_LORA)/after --sheet $(DEMO_LORA)/sheet.png
+
+embedded: .venv/installed
+	$(BIN)/python -m src.scratch all --work outputs/embedded --out models/embedded
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest

@@ -134,26 +134,31 @@ def _is_offered(features: str) -> bool:
     return sys.platform == "linux" and is_x86 and "avx2" in features and os.environ.get("SD_NATIVE") != "0"
 
 
+def cpp_compiler() -> str | None:
+    """The path of a C++ compiler, if one is installed."""
+    return next(filter(None, map(shutil.which, COMPILERS)), None)
+
+
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     """The library; without it the reason, where something can be done about it."""
     features, threads = _processor_features(), _threading_library()
     if not _is_offered(features) or threads is None:
         return None, None
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    found = cpp_compiler()
     try:
-        of_compiler = f"{compiler} {os.stat(compiler).st_mtime_ns}" if compiler else ""
+        of_compiler = f"{found} {os.stat(found).st_mtime_ns}" if found else ""
         parts = [SOURCE.read_bytes(), *(text.encode() for text in (features, " ".join(OPTIONS), threads))]
         key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
         folder = _cache_folder()
         if (library := _open(folder and folder / f"native-{key}.so")) is not None:
             return _with_types(library), None
-        if compiler is None:
+        if found is None:
             return None, "no C++ compiler is installed; with one (apt install g++) a picture takes a sixth less time"
         failed = folder and folder / f"native-{key}.failed"
         if failed and _read_own(failed) == of_compiler.encode():
-            return None, f"{compiler} could not compile the kernels when it was tried; delete {failed} to try again"
-        return _compile(compiler, threads, folder, f"native-{key}", of_compiler)
+            return None, f"{found} could not compile the kernels when it was tried; delete {failed} to try again"
+        return _compile(found, threads, folder, f"native-{key}", of_compiler)
     except (OSError, ValueError) as error:
         return None, f"the kernels for this CPU cannot be used ({error}); torch's own draw, a little slower"
 

@@ -29,7 +29,7 @@ TINY = {
     "clip.width": 16, "clip.layers": 1, "clip.heads": 2, "clip.patch_px": 32, "clip.projection": 8, "clip.steps": 4, "clip.batch_size": 4,
     "clip.validation_steps": 2, "clip.checkpoint_steps": 2,
     "unet.channels": "16,32", "unet.head_width": 8, "unet.steps": 4, "unet.batch_size": 2, "unet.validation_steps": 4,
-    "unet.checkpoint_steps": 2, "machine.device": "cpu", "machine.precision": "fp32",
+    "unet.checkpoint_steps": 2, "unet.examined": 6, "machine.device": "cpu", "machine.precision": "fp32",
 }  # fmt: skip
 
 
@@ -99,6 +99,11 @@ def test_the_card_tells_recipe_and_figures(made: Path) -> None:
     assert card["phases"]["vae"]["settings"]["steps"] == 4
     assert card["phases"]["vae"]["figures"]["psnr_db"] > 0
     assert card["license"] == "MIT"
+    assert card["phases"]["unet"]["figures"]["adherence, overall"] == 0  # four steps teach nothing
+    page = (made / "model" / "README.md").read_text()
+    assert page.startswith("---\nlicense: mit\n")
+    assert all(f"| {phase} |" in page for phase in ("scenes", "vae", "clip", "unet"))
+    assert "src.scratch all" in page
     assert sum(path.stat().st_size for path in (made / "model").rglob("*")) < 40 << 20
 
 

@@ -18,19 +18,21 @@ from src.bench.report import Row
 from src.diffusion import NoiseSchedule
 from src.scratch import unet
 from src.scratch.learning import device_of, precision_of
+from src.scratch.muon import Muon, parameter_groups
 from src.scratch.settings import MachineSettings, UnetSettings
 from src.training.speed import keep_freed_memory
 
 TEXT_WIDTH, LENGTH, CAPTIONS = 192, 32, 100
 WARM_UP, STEPS = 2, 5
 DESIGNS = {  # latents (channels, side), and what differs from the recipe
-    "the first model's": ((4, 16), {"channels": (64, 128, 192), "head_width": 16}),
-    "two levels, narrow": ((4, 16), {"channels": (96, 192)}),
-    "two levels": ((4, 16), {"channels": (128, 256)}),
-    "two levels, batches of 128": ((4, 16), {"channels": (128, 256), "batch_size": 128}),
-    "three levels": ((4, 16), {"channels": (96, 192, 256)}),
-    "fewer latents, one level": ((16, 8), {"channels": (320,)}),
-    "fewer latents, two levels": ((16, 8), {"channels": (224, 320)}),
+    "the first model's": ((4, 16), {"channels": (64, 128, 192), "head_width": 16, "attention_levels": 3}),
+    "two levels, both attend": ((4, 16), {"attention_levels": 2}),
+    "two levels, the inner one attends": ((4, 16), {}),
+    "the same, batches of 128": ((4, 16), {"batch_size": 128}),
+    "wider": ((4, 16), {"channels": (128, 256)}),
+    "three levels": ((4, 16), {"channels": (96, 192, 256), "attention_levels": 2}),
+    "fewer latents, one level": ((16, 8), {"channels": (256,)}),
+    "fewer latents, two levels": ((16, 8), {"channels": (192, 256)}),
 }
 
 
@@ -40,7 +42,7 @@ def run(folder: Path, *, compiled: bool = False) -> Iterator[str | Row]:
     device = device_of(machine)
     if device.type == "cpu":
         keep_freed_memory()
-    yield f"a step of training, random latents, {LENGTH} tokens of text, AdamW, bf16 where it is faster; median of {STEPS}"
+    yield f"a step of training, random latents, {LENGTH} tokens of text, Muon, bf16 where it is faster; median of {STEPS}"
     for name, (latents, changes) in DESIGNS.items():
         for is_compiled in (False, True) if compiled else (False,):
             shown = f"{name}, compiled" if is_compiled else name
@@ -57,7 +59,7 @@ def _measure(settings: UnetSettings, latents: tuple[int, int], device: torch.dev
         torch.randint(CAPTIONS, (count,)),
     )  # fmt: skip
     schedule = NoiseSchedule.from_config(unet.SCHEDULER).to(device)
-    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+    optimizer = Muon(parameter_groups(network, settings.weight_decay), settings.learning_rate)
     stepping = torch.compile(network) if is_compiled else network
     random, none = torch.Generator().manual_seed(0), torch.zeros(settings.batch_size, dtype=torch.bool)
 

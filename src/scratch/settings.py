@@ -12,6 +12,7 @@ from src.errors import usage_error
 
 PHASES = ("scenes", "tokenizer", "vae", "clip", "unet", "assemble")
 PRECISIONS = ("auto", "fp32", "bf16")
+SWITCHES = ("auto", "on", "off")
 
 
 @dataclass(slots=True)
@@ -62,9 +63,9 @@ class ClipSettings:
     heads: int = 6
     patch_px: int = 16
     projection: int = 128
-    steps: int = 1500
+    steps: int = 900
     batch_size: int = 128
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     warmup_steps: int = 100
     weight_decay: float = 0.05
     max_grad_norm: float = 1.0
@@ -84,10 +85,11 @@ class UnetSettings:
     head_width: int = 32
     caption_dropout: float = 0.1  # what guidance needs: some captions are empty
     snr_gamma: float = 5.0
-    steps: int = 16_000
+    examined: int = 500  # prompts that the result is checked on
+    steps: int = 18_000
     batch_size: int = 64
-    learning_rate: float = 5e-4
-    warmup_steps: int = 300
+    learning_rate: float = 2e-3
+    warmup_steps: int = 200
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
@@ -102,7 +104,7 @@ class MachineSettings:
 
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
     precision: str = "auto"  # auto | fp32 | bf16
-    compile: bool = False  # torch.compile: minutes at the start, then faster steps; needs a C++ compiler
+    compile: str = "auto"  # auto | on | off: torch.compile of the U-Net, a minute and a half, then a quarter more steps
 
 
 @dataclass(slots=True)
@@ -129,6 +131,8 @@ def check(settings: ScratchSettings) -> None:
                     raise usage_error(f"{name} {value:g} is outside {low:g} to {high:g}")
     if settings.machine.precision not in PRECISIONS:
         raise usage_error(f"machine.precision '{settings.machine.precision}' is not known; choose {', '.join(PRECISIONS)}")
+    if settings.machine.compile not in SWITCHES:
+        raise usage_error(f"machine.compile '{settings.machine.compile}' is not known; choose {', '.join(SWITCHES)}")
     scale = 2 ** (len(settings.vae.channels) - 1)
     if settings.vae.crop_px % scale or not scale <= settings.vae.crop_px <= 128:
         raise usage_error(f"vae.crop_px {settings.vae.crop_px} is no multiple of {scale} up to 128")
@@ -136,6 +140,10 @@ def check(settings: ScratchSettings) -> None:
         raise usage_error(f"clip.width {settings.clip.width} is no multiple of clip.heads {settings.clip.heads}")
     if 128 % settings.clip.patch_px:
         raise usage_error(f"clip.patch_px {settings.clip.patch_px} does not divide 128")
+    if settings.unet.attention_levels > len(settings.unet.channels):
+        raise usage_error(
+            f"unet.attention_levels {settings.unet.attention_levels}: there are {len(settings.unet.channels)} levels"
+        )
     for name in ("vae", "unet"):
         if any(channels % 16 for channels in getattr(settings, name).channels):
             raise usage_error(f"{name}.channels {list(getattr(settings, name).channels)}: each is a multiple of 16")

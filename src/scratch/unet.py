@@ -22,12 +22,13 @@ from diffusers.models.attention_processor import Attention
 from PIL import Image
 from torch import Tensor
 
-from src import diffusion
+from src import diffusion, native
 from src.checkpoints import CheckpointFolder, read_manifest
 from src.cpu_kernels import CpuAttention, is_plain
 from src.diffusion import NoiseSchedule
 from src.errors import UserError
 from src.evaluation.checking import check
+from src.evaluation.skills import Judged, Scores, choose
 from src.scratch import clip, vae
 from src.scratch.learning import Lesson, device_of, learn, precision_of
 from src.scratch.phases import Work
@@ -41,6 +42,7 @@ SCHEDULER = {
     "prediction_type": "v_prediction", "steps_offset": 1,
 }  # fmt: skip
 SAMPLING = {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": True}
+COMPILE_PAYS_STEPS = 1500
 JUDGED, CHECKED, SHOWN, SHOWN_STEPS, GUIDANCE = 256, 64, 24, 20, 5.0
 
 
@@ -77,6 +79,13 @@ def prepared(unet: UNet2DConditionModel, device: torch.device) -> UNet2DConditio
     return unet
 
 
+def is_compiled(settings: ScratchSettings, device: torch.device) -> bool:
+    """Whether steps are compiled: where it is asked for, or on a CPU with a compiler when there are enough to pay for it."""
+    if settings.machine.compile != "auto":
+        return settings.machine.compile == "on"
+    return device.type == "cpu" and settings.unet.steps >= COMPILE_PAYS_STEPS and native.cpp_compiler() is not None
+
+
 def learn_unet(work: Work, settings: ScratchSettings, terminal: Terminal) -> dict[str, float]:
     """Learn to predict noise, and publish a diffusers folder."""
     inputs, device = work.inputs("unet"), device_of(settings.machine)
@@ -87,7 +96,7 @@ def learn_unet(work: Work, settings: ScratchSettings, terminal: Terminal) -> dic
     torch.manual_seed(settings.unet.seed)
     unet = build(settings.unet, training.embeddings.shape[-1], (training.latents.shape[1], training.latents.shape[-1]))
     unet = prepared(unet, device)
-    step_model = torch.compile(unet) if settings.machine.compile else unet
+    step_model = torch.compile(unet) if is_compiled(settings, device) else unet
     schedule = NoiseSchedule.from_config(SCHEDULER).to(device)
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -103,7 +112,8 @@ def learn_unet(work: Work, settings: ScratchSettings, terminal: Terminal) -> dic
             loss_of(unet, judging, part, none[: len(part)], random, schedule, settings.unet, device) * len(part)
             for part in which.split(64)
         ]
-        pictures = sample(unet, autoencoder, judging, len(scenes), settings, device)
+        captions = judging.embeddings[judging.caption_of[: len(scenes)]]
+        pictures = sample(unet, autoencoder, captions, judging.embeddings[-1:], settings, device)
         right = [check(vae.strip(picture[None]), scene).all for picture, scene in zip(pictures, scenes)]
         figures = {"held_out_loss": float(sum(losses)) / len(which), f"adherence_of_{len(scenes)}": sum(right) / len(right)}
         return figures, vae.strip(*pictures[:SHOWN].split(8))
@@ -111,6 +121,7 @@ def learn_unet(work: Work, settings: ScratchSettings, terminal: Terminal) -> dic
     lesson = Lesson("unet", unet, settings.unet, loss, judge, {"inputs": inputs})
     figures = learn(lesson, work.of("unet"), settings.machine, terminal)
     figures["parameters"] = sum(item.numel() for item in unet.parameters())
+    figures |= examine(unet, autoencoder, work, settings, device, terminal)
     work.publish("unet", settings, vae.model_files(unet), figures)
     return figures
 
@@ -167,23 +178,44 @@ def _encode(autoencoder: torch.nn.Module, pixels: Tensor, settings: ScratchSetti
     return torch.cat(parts)
 
 
+def examine(
+    unet: UNet2DConditionModel, autoencoder: torch.nn.Module, work: Work, settings: ScratchSettings, device: torch.device,
+    terminal: Terminal,
+) -> dict[str, float]:  # fmt: skip
+    """The share of pictures that follow their prompts, skill by skill: half held-out prompts, half unseen combinations."""
+    scenes = choose(settings.unet.examined, 0, "both")
+    text, tokenizer = clip.read_text_tower(work).to(device), read_tokenizer(work)
+    empty = clip.embed(text, tokenizer, [""], settings)
+    judged: list[Judged] = []
+    terminal.start_progress(len(scenes))
+    for start in range(0, len(scenes), CHECKED):
+        part = scenes[start : start + CHECKED]
+        captions = clip.embed(text, tokenizer, [scene.caption for scene in part], settings)
+        pictures = sample(unet, autoencoder, captions, empty, settings, device, seed=start)
+        judged += [Judged(scene, start, check(vae.strip(picture[None]), scene)) for picture, scene in zip(pictures, part)]
+        terminal.progress(len(judged), "unet    examined")
+    terminal.end_progress()
+    shares = Scores(tuple(judged)).skills
+    return {f"adherence, {skill}": share.value for skill, share in shares.items() if share.value is not None}
+
+
 @torch.no_grad()
 def sample(
-    unet: UNet2DConditionModel, autoencoder: torch.nn.Module, material: Material, count: int, settings: ScratchSettings,
-    device: torch.device,
+    unet: UNet2DConditionModel, autoencoder: torch.nn.Module, captions: Tensor, empty: Tensor, settings: ScratchSettings,
+    device: torch.device, seed: int = 1,
 ) -> Tensor:  # fmt: skip
-    """Pictures (count, 3, 128, 128) in [-1, 1] of the first captions, by the sampler that ships, always the same noise."""
+    """Pictures (B, 3, 128, 128) in [-1, 1] of embedded captions (B, length, width), by the sampler that ships."""
     scheduler = DPMSolverMultistepScheduler(**SCHEDULER, **SAMPLING)
     scheduler.set_timesteps(SHOWN_STEPS, device=device)
-    latents = torch.randn((count, *material.latents.shape[1:]), generator=torch.Generator().manual_seed(1)).to(device)
+    shape = (len(captions), unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
     latents = latents * scheduler.init_noise_sigma
-    text = material.embeddings[material.caption_of[:count]]
-    both = torch.cat([material.embeddings[-1:].expand_as(text), text]).to(device).float()
+    both = torch.cat([empty.expand_as(captions), captions]).to(device).float()
     for timestep in scheduler.timesteps:
         inputs = scheduler.scale_model_input(torch.cat([latents, latents]), timestep)
         with precision_of(settings.machine, device):
-            empty, told = unet(inputs, timestep, both, return_dict=False)[0].float().chunk(2)
-        latents = scheduler.step(empty + GUIDANCE * (told - empty), timestep, latents, return_dict=False)[0]
+            without, told = unet(inputs, timestep, both, return_dict=False)[0].float().chunk(2)
+        latents = scheduler.step(without + GUIDANCE * (told - without), timestep, latents, return_dict=False)[0]
     with precision_of(settings.machine, device):
         parts = (latents / autoencoder.config.scaling_factor).split(16)
         return torch.cat([autoencoder.decode(part).sample.float().clamp(-1, 1).cpu() for part in parts])
