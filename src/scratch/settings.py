@@ -86,7 +86,7 @@ class UnetSettings:
     caption_dropout: float = 0.1  # what guidance needs: some captions are empty
     snr_gamma: float = 5.0
     examined: int = 500  # prompts that the result is checked on
-    steps: int = 18_000
+    steps: int = 15_000
     batch_size: int = 64
     learning_rate: float = 2e-3
     warmup_steps: int = 200
