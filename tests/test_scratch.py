@@ -19,9 +19,10 @@ from src.generator import TextToImageGenerator
 from src.scenes.drawing import draw
 from src.scratch import clip, latent_space, vae
 from src.scratch.__main__ import main, read_settings
-from src.scratch.phases import PHASES, Work
+from src.scratch.phases import Work
 from src.scratch.pictures import read_pictures
-from src.scratch.settings import ScratchSettings, VaeSettings
+from src.scratch.settings import PHASES, ScratchSettings, VaeSettings
+from src.training.scores import Clip
 
 TINY = {
     "scenes.count": 40, "scenes.held_out": 32, "tokenizer.merges": 60,
@@ -103,7 +104,10 @@ def test_the_card_tells_recipe_and_figures(made: Path) -> None:
     page = (made / "model" / "README.md").read_text()
     assert page.startswith("---\nlicense: mit\n")
     assert all(f"| {phase} |" in page for phase in ("scenes", "vae", "clip", "unet"))
-    assert "src.scratch all" in page
+    assert "src.scratch all --set scenes.count=40" in page
+    assert set(card["files"]) == {
+        path.relative_to(made / "model").as_posix() for path in (made / "model").rglob("*") if path.is_file()
+    }
     assert sum(path.stat().st_size for path in (made / "model").rglob("*")) < 40 << 20
 
 
@@ -116,15 +120,34 @@ def test_each_phase_leaves_curves_pictures_and_a_report(made: Path) -> None:
         assert [record["step"] for record in records if record["kind"] == "validation"][-1] == 4
     sheet = Image.open(made / "work" / "vae" / "samples" / "step-000004.png")
     assert sheet.size == (8 * 128, 2 * 128)
+    assert "adherence, overall" in (made / "work" / "unet" / "report.html").read_text()
+    assert Image.open(made / "model" / "samples.png").width > 6 * 256
 
 
-def test_weights_are_of_the_moving_average(made: Path) -> None:
+def test_its_clip_is_whole_and_tells_captions_apart(made: Path) -> None:
+    judge = Clip(made / "model" / "clip")
+    features = judge.text_features(["a red circle on a white background", "a blue star on a black background"])
+    assert not torch.allclose(features[0], features[1], atol=1e-3)
+    (made / "spoilt").mkdir()
+    for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
+        shutil.copy(made / "model" / "clip" / name, made / "spoilt")
+    with pytest.raises(ValueError, match="no tokenizer"):
+        Clip(made / "spoilt")
+
+
+def test_weights_are_of_the_moving_average(copied: Path) -> None:
     import safetensors.torch
 
-    checkpoint = Work(made / "work", print).of("vae") / "checkpoint-4" / "state" / "average.safetensors"
-    average = safetensors.torch.load_file(checkpoint)
-    published = vae.read_vae(Work(made / "work", print)).state_dict()
-    assert all(torch.allclose(published[name], tensor, atol=1e-3) for name, tensor in average.items())
+    fast = arguments(**{"vae.warmup_steps": 0, "vae.learning_rate": 0.05, "vae.ema_decay": 0.5})
+    assert main(["vae", "--restart", "--work", str(copied), *fast]) == 0
+    folder = Work(copied, print).of("vae") / "checkpoint-4" / "state"
+    average, live = (safetensors.torch.load_file(folder / f"{name}.safetensors") for name in ("average", "live"))
+    published = vae.read_vae(Work(copied, print)).state_dict()
+    assert all(torch.equal(published[name], tensor.half().float()) for name, tensor in average.items())
+    assert any(float((published[name] - tensor).abs().max()) > 2e-3 for name, tensor in live.items())
+
+
+def test_the_scaling_factor_brings_latents_to_deviation_1(made: Path) -> None:
     work = Work(made / "work", print)
     with torch.no_grad():
         latents = vae.encode(vae.read_vae(work), read_pictures(work.result("scenes"), "train").floats(slice(40)))
@@ -159,6 +182,24 @@ def test_a_checkpoint_of_other_settings_is_not_gone_on_from(copied: Path, capsys
     assert "learning_rate 0.002 -> 0.5" in capsys.readouterr().err
 
 
+def test_figures_can_be_noted_more_often_without_learning_again(copied: Path, capsys) -> None:
+    assert main(["vae", "--work", str(copied), *arguments(**{"vae.validation_steps": 1})]) == 0
+    assert "vae       is done" in capsys.readouterr().err
+
+
+def test_a_restart_forgets_nothing_that_could_not_be_learnt_again(copied: Path, capsys) -> None:
+    shutil.rmtree(copied / "clip")
+    assert main(["unet", "--restart", "--work", str(copied), *arguments()]) == ExitCode.NOT_FOUND
+    assert (copied / "unet" / "final").is_dir()
+
+
+def test_the_lesson_and_the_recipe_do_not_share_a_folder(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    for words, folder in ((["vae", "--quick"], "outputs/scratch-quick"), (["vae"], "outputs/scratch")):
+        assert main(words) == ExitCode.NOT_FOUND
+        assert f"{folder}: has no scenes yet" in capsys.readouterr().err
+
+
 def test_what_is_not_ours_is_moved_aside(copied: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "mine"
     out.mkdir()
@@ -177,6 +218,15 @@ def test_what_is_not_ours_is_moved_aside(copied: Path, tmp_path: Path, capsys) -
         (["unet", "--set", "channels=100,200"], "each is a multiple of 16"),
         (["clip", "--set", "heads=5"], "no multiple of clip.heads"),
         (["vae", "--set", "crop_px=60"], "no multiple of 8"),
+        (["all", "--restart"], "--restart is of one phase"),
+        (["all", "--seed", "7"], "--seed changes nothing for all; the training's is --set unet.seed=N"),
+        (["around", "--picture", "a.png", "--quick"], "--quick changes nothing for around"),
+        (["all", "--set", "machine.device=gpu"], "device 'gpu' is not known"),
+        (["unet", "--set", "channels=0,16"], "each is a multiple of 16"),
+        (["unet", "--set", "head_width=40"], "unet.head_width 40 does not divide"),
+        (["unet", "--set", "channels=32,32,32,32,32,32"], "do not fit into latents of 16 x 16"),
+        (["unet", "--set", "attention_levels=3"], "more than the 2 levels"),
+        (["all", "--set", "machine.compile=maybe"], "choose auto, on, off"),
         (["all", "--set", "machine.precision=fp8"], "choose auto, fp32, bf16"),
     ],
 )

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 from transformers import CLIPTokenizer
 
+from src import diffusion
 from src.diffusion import NoiseSchedule
 from src.errors import UserError
 from src.scratch import clip, learning, tokenizer, unet, vae
 from src.scratch.learning import Lesson, learn, learning_rate
-from src.scratch.settings import MachineSettings, TokenizerSettings, VaeSettings
+from src.scratch.settings import MachineSettings, TokenizerSettings, UnetSettings, VaeSettings
 from src.terminal import Terminal
 
 # -- the loop
@@ -127,22 +128,53 @@ def test_the_contrastive_loss_of_known_logits() -> None:
 
 
 def test_one_jump_to_t_is_as_many_small_steps() -> None:
-    """x_t = sqrt(1 - b_t) x_{t-1} + sqrt(b_t) e, t times over: the mean's factor and the variance are those of the closed form."""
+    """x_t = sqrt(1 - b_t) x_{t-1} + sqrt(b_t) e, t times over, has the mean and the variance of add_noise's one jump."""
     schedule = NoiseSchedule.from_config(unet.SCHEDULER)
-    cumulative = schedule.alphas_cumprod.double()
-    alphas = torch.cat([cumulative[:1], cumulative[1:] / cumulative[:-1]])
-    factor, variance = 1.0, 0.0
-    for t, alpha in enumerate(alphas.tolist()):
-        factor, variance = factor * alpha**0.5, variance * alpha + (1 - alpha)
-        if t in (0, 10, 500, 999):
-            assert factor == pytest.approx(float(cumulative[t]) ** 0.5, rel=1e-6)
-            assert variance == pytest.approx(1 - float(cumulative[t]), rel=1e-6)
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2  # scaled linear
     random = torch.Generator().manual_seed(0)
-    x = torch.full((20_000,), 2.0, dtype=torch.float64)
-    for alpha in alphas[:300].tolist():
-        x = alpha**0.5 * x + (1 - alpha) ** 0.5 * torch.randn(x.shape, generator=random, dtype=torch.float64)
-    assert float(x.mean()) == pytest.approx(2 * float(cumulative[299]) ** 0.5, abs=0.02)
-    assert float(x.var()) == pytest.approx(1 - float(cumulative[299]), abs=0.02)
+    start = torch.full((100_000, 1, 1, 1), 2.0, dtype=torch.float64)
+    x = start
+    for t, beta in enumerate(betas[:701]):
+        x = (1 - beta) ** 0.5 * x + beta**0.5 * torch.randn(x.shape, generator=random, dtype=torch.float64)
+        if t in (0, 50, 300, 700):
+            noise = torch.randn(start.shape, generator=random, dtype=torch.float64)
+            jump = diffusion.add_noise(schedule, start, noise, torch.full((len(start),), t))
+            assert float(x.mean()) == pytest.approx(float(jump.mean()), abs=0.02)
+            assert float(x.std()) == pytest.approx(float(jump.std()), rel=0.02)
+
+
+def test_a_network_that_knows_all_has_no_loss_and_dropped_captions_are_the_empty_one() -> None:
+    schedule, settings = NoiseSchedule.from_config(unet.SCHEDULER), UnetSettings()
+    latents = torch.randn(6, 4, 8, 8)
+    material = unet.Material(latents, torch.arange(4.0)[:, None, None].expand(4, 5, 2), torch.tensor([0, 1, 2, 0, 1, 2]))
+    seen: list[list[float]] = []
+
+    class Knowing(nn.Module):
+        def forward(self, noisy, timesteps, captions, return_dict):
+            seen.append(captions[:, 0, 0].tolist())
+            a = torch.tensor(np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)).float()[timesteps]
+            a = a[:, None, None, None]
+            noise = (noisy - a.sqrt() * latents[which]) / (1 - a).sqrt()
+            return (a.sqrt() * noise - (1 - a).sqrt() * latents[which],)
+
+    which = torch.tensor([0, 1, 2, 3, 4, 5])
+    dropped = torch.tensor([False, True, False, False, True, False])
+    arguments = (which, dropped, torch.Generator().manual_seed(1), schedule, settings, torch.device("cpu"))
+    assert float(unet.loss_of(Knowing(), material, *arguments)) < 1e-6
+    assert seen == [[0, 3, 2, 0, 3, 2]]
+
+
+@pytest.mark.parametrize("scale", [2.0, 4.5])
+def test_the_contrastive_loss_is_exact_under_autocast(scale: float) -> None:
+    """As in fp64: a logit of 90 has steps of a half in bf16."""
+    texts = torch.randn(64, 16)
+    images = texts + 0.1 * torch.randn(64, 16)
+    logits = torch.nn.functional.cosine_similarity(texts[:, None].double(), images[None].double(), dim=-1) * np.exp(scale)
+    own = torch.arange(64)
+    expected = (nn.functional.cross_entropy(logits, own) + nn.functional.cross_entropy(logits.T, own)) / 2
+    with torch.autocast("cpu", torch.bfloat16):
+        found = clip.contrastive_loss(texts, images, torch.tensor(scale))
+    assert float(found) == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_psnr_of_a_known_error() -> None:

@@ -33,8 +33,8 @@ EPILOG = """examples:
 exit codes: 0 done, 1 failure, 2 wrong usage, 3 out of memory, 4 not found, 6 input refused, 130 interrupted"""
 FLAGS: dict[str, tuple[Flag, ...]] = {
     "folders": (
-        Flag(("--out",), "the model's folder (default: WORK/model)", metavar="DIR"),
-        Flag(("--work",), "where the phases keep what they learn (default: outputs/scratch)", metavar="DIR"),
+        Flag(("--out",), "the model's folder (default: WORK/model); of tools, the picture's (outputs)", metavar="DIR"),
+        Flag(("--work",), "where phases keep what they learn (default: outputs/scratch, or scratch-quick)", metavar="DIR"),
     ),
     "recipe": (
         Flag(("--config",), "settings from a YAML file", metavar="FILE", repeat=True),
@@ -70,21 +70,27 @@ def _run(argv: Sequence[str], terminal: Terminal) -> int:
     verb = typed.get("words")
     if verb not in ("all", *PHASES, *TOOLS):
         raise usage_error(f"'{verb or ''}' is no phase; choose all, {', '.join(PHASES)}, or a tool: {', '.join(TOOLS)}")
+    _check_flags(typed, verb)
     if verb in TOOLS:
         from src.scratch import latent_space
 
         return latent_space.run(verb, typed, terminal)
+    if "restart" in typed and verb == "all":
+        raise usage_error("--restart is of one phase, such as unet --restart; to begin all anew, take another --work folder")
     settings = read_settings(typed, verb)
-    work_folder = Path(typed.get("work", "outputs/scratch")).expanduser()
+    work_folder = Path(typed.get("work", "outputs/scratch-quick" if "quick" in typed else "outputs/scratch")).expanduser()
 
     from src import quiet
 
     quiet.silence_libraries()
+    from src.scratch.learning import device_of
     from src.scratch.phases import Work
 
+    device_of(settings.machine)  # refused now if it is not there, not after an hour
     work = Work(work_folder, terminal.say)
     out = Path(typed.get("out", work_folder / "model")).expanduser()
-    if "restart" in typed and verb != "all":
+    if "restart" in typed:
+        work.inputs(verb)  # nothing is forgotten if it could not be learnt again
         work.restart(verb)
     for phase in PHASES if verb == "all" else (verb,):
         if phase != "assemble" and work.is_done(phase, settings):
@@ -94,6 +100,15 @@ def _run(argv: Sequence[str], terminal: Terminal) -> int:
         terminal.say(f"{phase:<9} begins")
         _do(phase, work, settings, out, terminal)
     return ExitCode.OK
+
+
+def _check_flags(typed: dict[str, Any], verb: str) -> None:
+    """Refuse flags that would change nothing."""
+    groups = ("folders", "answers", "tools" if verb in TOOLS else "recipe")
+    known = {flag.names[0].removeprefix("--") for name in groups for flag in FLAGS[name]} | {"words"}
+    for name in sorted(typed.keys() - known | (typed.keys() & {"work"} if verb in TOOLS else set())):
+        hint = "; the training's is --set unet.seed=N" if name == "seed" else ""
+        raise usage_error(f"--{name} changes nothing for {verb}{hint}")
 
 
 def read_settings(typed: dict[str, Any], verb: str) -> ScratchSettings:

@@ -46,10 +46,11 @@ def build(settings: ClipSettings, tokenizer: CLIPTokenizer) -> CLIPModel:
 
 def contrastive_loss(texts: Tensor, images: Tensor, log_scale: Tensor) -> Tensor:
     """Symmetric cross-entropy of the scaled cosines of (B, D) and (B, D), whose i-th rows belong together (CLIP, figure 3)."""
-    texts, images = F.normalize(texts.float(), dim=-1), F.normalize(images.float(), dim=-1)
-    logits = log_scale.clamp(max=MAX_SCALE).exp() * texts @ images.t()  # (B, B)
-    own = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.t(), own)) / 2
+    with torch.autocast(texts.device.type, enabled=False):  # a logit of 50 has steps of a quarter in bf16
+        texts, images = F.normalize(texts.float(), dim=-1), F.normalize(images.float(), dim=-1)
+        logits = log_scale.clamp(max=MAX_SCALE).exp() * texts @ images.t()  # (B, B)
+        own = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.t(), own)) / 2
 
 
 def tokens_of(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
@@ -59,7 +60,8 @@ def tokens_of(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
 
 def top1(texts: Tensor, images: Tensor, captions: list[str]) -> tuple[float, float]:
     """How many captions find their own picture first, and how many could: of identical ones only one can."""
-    nearest = (F.normalize(texts, dim=-1) @ F.normalize(images, dim=-1).t()).argmax(dim=1)
+    with torch.autocast(texts.device.type, enabled=False):
+        nearest = (F.normalize(texts.float(), dim=-1) @ F.normalize(images.float(), dim=-1).t()).argmax(dim=1)
     found = float((nearest == torch.arange(len(texts), device=texts.device)).float().mean())
     return found, len(set(captions)) / len(captions)
 
@@ -90,10 +92,11 @@ def learn_clip(work: Work, settings: ScratchSettings, terminal: Terminal) -> dic
         found, possible = top1(texts.float(), images.float(), judging.captions)
         return {f"top1_in_{len(judging)}": found, "possible": possible}, None
 
-    lesson = Lesson("clip", clip, settings.clip, loss, judge, {"inputs": work.inputs("clip")})
+    inputs = work.inputs("clip")
+    lesson = Lesson("clip", clip, settings.clip, loss, judge, {"inputs": inputs})
     figures = learn(lesson, work.of("clip"), settings.machine, terminal)
     figures["parameters"] = sum(item.numel() for item in clip.parameters())
-    work.publish("clip", settings, clip_files(clip), figures)
+    work.publish("clip", settings, clip_files(clip), figures, inputs)
     return figures
 
 

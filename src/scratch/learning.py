@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import safetensors.torch
 import torch
@@ -25,7 +25,7 @@ from src.errors import ExitCode, UserError
 from src.images import encode_png
 from src.scratch import phase_report
 from src.scratch.muon import Muon, parameter_groups
-from src.scratch.settings import MachineSettings
+from src.scratch.settings import NOT_LEARNT, MachineSettings
 from src.terminal import Terminal
 from src.training.history import History
 from src.training.interruption import Interruption
@@ -62,26 +62,32 @@ class Lesson:
 
     name: str
     model: nn.Module
-    settings: Any  # Settings
+    settings: Settings
     loss: Callable[[int], tuple[Tensor, dict[str, float]]]
     judge: Callable[[], tuple[dict[str, float], Image.Image | None]]
     facts: dict[str, Any]  # what it builds on: a checkpoint of other facts is not gone on from
 
 
 def device_of(machine: MachineSettings) -> torch.device:
-    """The machine's card, or the CPU."""
-    if machine.device != "auto":
-        return torch.device(machine.device)
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    """The machine's card, or the CPU. Raises UserError (usage) for a device that is not there."""
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return torch.device(devices.pick_device(machine.device, card_count=cards, has_mps=torch.backends.mps.is_available()))
 
 
 @contextmanager
 def precision_of(machine: MachineSettings, device: torch.device) -> Iterator[None]:
     """Autocast to bf16 where that is asked for, or faster: on a card, and on a CPU that multiplies it."""
-    fast = device.type == "cuda" or (device.type == "cpu" and devices.cpu_has_bf16())
+    fast = has_fast_bf16(device)
     enabled = machine.precision == "bf16" or (machine.precision == "auto" and fast)
     with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
         yield
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether it multiplies bf16 in hardware: old cards and CPUs only imitate it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and devices.cpu_has_bf16()
 
 
 def learning_rate(settings: Settings, step: int) -> float:
@@ -107,8 +113,9 @@ def learn(lesson: Lesson, folder: Path, machine: MachineSettings, terminal: Term
         try:
             while student.step < lesson.settings.steps:
                 student.learn_a_step()
-                student.judge_and_save(store, force=stop.requested is not None)
+                student.judge_and_save(store)
                 if stop.requested is not None:
+                    student.save(store)
                     raise UserError(
                         f"{lesson.name}: interrupted after step {student.step}; the same command goes on", stop.exit_code
                     )
@@ -134,6 +141,7 @@ class Student:
         self.figures: dict[str, float] = {}
         self._noted: list[dict[str, float]] = []
         self._not_finite = 0
+        self.saved: Checkpoint | None = None
 
     def learn_a_step(self) -> None:
         """One batch. A loss that is no number is passed over; three in a row end the training (UserError, diverged)."""
@@ -154,6 +162,7 @@ class Student:
             self._noted.append({"loss": value, "grad_norm": norm, **noted})
         else:
             self._not_finite += 1
+            self.terminal.say(f"{self.lesson.name:<7} step {self.step + 1:,}: the loss was no number, passed over")
             if self._not_finite == MAX_NOT_FINITE:
                 raise UserError(
                     f"{self.lesson.name}: the loss was no number {MAX_NOT_FINITE} times in a row at step {self.step}; "
@@ -171,11 +180,11 @@ class Student:
             self._noted = []
             self.terminal.progress(self.step, f"{self.lesson.name}  loss {means['loss']:.4f}")
 
-    def judge_and_save(self, store: CheckpointFolder, force: bool = False) -> None:
+    def judge_and_save(self, store: CheckpointFolder) -> None:
         """Where that is due: figures and a picture by the moving average, and a checkpoint."""
         settings = self.lesson.settings
         is_last = self.step == settings.steps
-        if is_last or (self.step % settings.validation_steps == 0 and not force):
+        if is_last or self.step % settings.validation_steps == 0:
             with self.average.swapped_in(self.parameters):
                 self.lesson.model.eval()
                 with torch.no_grad(), precision_of(self.machine, self.device):
@@ -187,11 +196,13 @@ class Student:
                 samples = files.check_writable_folder(self.folder / "samples")
                 files.publish_bytes(samples / f"step-{self.step:06d}.png", encode_png(picture, {}))
             phase_report.write(self.lesson.name, self.folder, settings, self.history, self.figures)
-        if is_last or force or self.step % settings.checkpoint_steps == 0:
+        if is_last or self.step % settings.checkpoint_steps == 0:
             self.save(store)
 
     def save(self, store: CheckpointFolder) -> Checkpoint:
-        """All that a resume needs."""
+        """All that a resume needs; not again what was just saved."""
+        if self.saved is not None and self.saved.step == self.step:
+            return self.saved
         tensors, numbers = pack_state(self.optimizer)
         contents = {
             LIVE: safetensors.torch.save(_on_cpu(self.parameters)),
@@ -200,9 +211,9 @@ class Student:
         }  # fmt: skip
         self.history.flush()
         facts = {"lesson": self._facts(), "seconds": self.seconds, "figures": self.figures}
-        checkpoint = store.save(self.step, contents, facts)
+        self.saved = store.save(self.step, contents, facts)
         store.prune(KEEP)
-        return checkpoint
+        return self.saved
 
     def resume(self, checkpoint: Checkpoint | None) -> None:
         """Go on from a checkpoint. Raises UserError (usage) for one of other settings or of other earlier phases."""
@@ -229,7 +240,7 @@ class Student:
         self.lesson.model.eval()
 
     def _facts(self) -> dict[str, Any]:
-        return {**asdict(self.lesson.settings), **self.lesson.facts}
+        return {**asdict(cast(Any, self.lesson.settings)), **self.lesson.facts}
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -244,9 +255,10 @@ def _put_back(tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> Non
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What is not the same, but for what changes nothing that was learnt."""
-    free = ("validation_steps", "checkpoint_steps")
-    names = [name for name in {**before, **now} if name not in free and _plain(before.get(name)) != _plain(now.get(name))]
-    return [f"{name} {before.get(name)} -> {now.get(name)}" for name in names]
+    names = [name for name in {**before, **now} if name not in NOT_LEARNT and _plain(before.get(name)) != _plain(now.get(name))]
+    told = [f"{name} {before.get(name)} -> {now.get(name)}" for name in names if name != "inputs"]
+    others = [phase for phase in now["inputs"] if before.get("inputs", {}).get(phase) != now["inputs"][phase]]
+    return told + [f"another {phase}" for phase in others]
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from src import folders
 from src.checkpoints import MANIFEST, Checkpoint, CheckpointFolder, read_manifest
 from src.errors import UserError, not_found, usage_error
-from src.scratch.settings import PHASES, ScratchSettings
+from src.scratch.settings import NOT_LEARNT, ScratchSettings
 
 NEEDS = {
     "scenes": (), "tokenizer": ("scenes",), "vae": ("scenes",), "clip": ("scenes", "tokenizer"),
@@ -33,7 +33,9 @@ class Work:
         """What a phase has published. Raises UserError (not found) if it has not, (refused) if it is damaged."""
         final = self.of(phase) / "final"
         if not final.exists():
-            raise not_found(f"{self.folder}: has no {phase} yet; run python -m src.scratch {phase} --work {self.folder}")
+            raise not_found(
+                f"{self.folder}: has no {phase} yet; run python -m src.scratch {phase} --work {self.folder}, with your settings"
+            )
         return read_manifest(final)
 
     def inputs(self, phase: str) -> dict[str, str]:
@@ -48,7 +50,7 @@ class Work:
                 if below in known and known[below] != made_from:
                     raise usage_error(
                         f"{self.of(need)}: was made from another {below} than is there now; run python -m src.scratch {need} "
-                        f"--restart --work {self.folder}"
+                        f"--restart --work {self.folder}, with your settings"
                     )
         return known
 
@@ -56,19 +58,27 @@ class Work:
         """Whether the result is there, from these settings and from the inputs as they are."""
         try:
             facts = self.result(phase).facts
-            return facts["settings"] == _plain(settings, phase) and facts["inputs"] == self.inputs(phase)
+            is_same = _learnt(facts["settings"]) == _learnt(settings_of(settings, phase))
+            return is_same and facts["inputs"] == self.inputs(phase)
         except UserError:
             return False
 
-    def publish(self, phase: str, settings: ScratchSettings, contents: Mapping[str, bytes], figures: Mapping[str, Any]) -> Path:
-        """Write the result of a phase, in place of an older one."""
-        facts = {"settings": _plain(settings, phase), "inputs": self.inputs(phase), "figures": dict(figures)}
+    def publish(
+        self, phase: str, settings: ScratchSettings, contents: Mapping[str, bytes], figures: Mapping[str, Any],
+        inputs: Mapping[str, str],
+    ) -> Path:  # fmt: skip
+        """Write the result of a phase, in place of an older one. ``inputs`` are those that it was learnt from."""
+        facts = {"settings": settings_of(settings, phase), "inputs": dict(inputs), "figures": dict(figures)}
         return CheckpointFolder(self.of(phase), self.say).publish("final", contents, facts)
 
     def restart(self, phase: str) -> None:
-        """Forget a phase, checkpoints and all; what came after it no longer fits and is refused by name."""
+        """Forget a phase, checkpoints and all; what came after it no longer fits and is refused by name.
+
+        Raises UserError (refused) while another process learns it.
+        """
         if self.of(phase).is_dir():
-            folders.remove_folder(self.of(phase))
+            with CheckpointFolder(self.of(phase), self.say).lock():
+                folders.remove_folder(self.of(phase))
 
 
 def identity(result: Checkpoint) -> str:
@@ -76,12 +86,11 @@ def identity(result: Checkpoint) -> str:
     return hashlib.sha256((result.folder / MANIFEST).read_bytes()).hexdigest()[:16]
 
 
-def following(phase: str) -> Sequence[str]:
-    """The phases from this one on."""
-    return PHASES[PHASES.index(phase) :]
+def _learnt(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in NOT_LEARNT}
 
 
-def _plain(settings: ScratchSettings, phase: str) -> dict[str, Any]:
+def settings_of(settings: ScratchSettings, phase: str) -> dict[str, Any]:
     """A phase's settings as JSON gives them back."""
     section = asdict(getattr(settings, phase)) if hasattr(settings, phase) else {}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in section.items()}

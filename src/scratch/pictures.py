@@ -66,7 +66,7 @@ def draw_scenes(work: Work, settings: ScratchSettings, terminal: Terminal) -> di
             terminal.progress(done, f"scenes  {stem}")
     terminal.end_progress()
     figures = {"distinct_captions": len(captions)}
-    work.publish("scenes", settings, contents, figures)
+    work.publish("scenes", settings, contents, figures, {})
     return figures
 
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields
 
+from src.config import ModelConfig, check_machine
 from src.errors import usage_error
 
 PHASES = ("scenes", "tokenizer", "vae", "clip", "unet", "assemble")
 PRECISIONS = ("auto", "fp32", "bf16")
 SWITCHES = ("auto", "on", "off")
+NOT_LEARNT = ("validation_steps", "checkpoint_steps", "examined")  # settings that change nothing of what is learnt
+MAX_SCENES = 400_000  # a manifest lists a thousand files
 
 
 @dataclass(slots=True)
@@ -129,6 +132,7 @@ def check(settings: ScratchSettings) -> None:
                 low, high = _range(item.name)
                 if not (math.isfinite(value) and low <= value <= high):
                     raise usage_error(f"{name} {value:g} is outside {low:g} to {high:g}")
+    check_machine(ModelConfig(device=settings.machine.device))
     if settings.machine.precision not in PRECISIONS:
         raise usage_error(f"machine.precision '{settings.machine.precision}' is not known; choose {', '.join(PRECISIONS)}")
     if settings.machine.compile not in SWITCHES:
@@ -140,19 +144,27 @@ def check(settings: ScratchSettings) -> None:
         raise usage_error(f"clip.width {settings.clip.width} is no multiple of clip.heads {settings.clip.heads}")
     if 128 % settings.clip.patch_px:
         raise usage_error(f"clip.patch_px {settings.clip.patch_px} does not divide 128")
-    if settings.unet.attention_levels > len(settings.unet.channels):
-        raise usage_error(
-            f"unet.attention_levels {settings.unet.attention_levels}: there are {len(settings.unet.channels)} levels"
-        )
+    levels = len(settings.unet.channels)
+    if settings.unet.attention_levels > levels:
+        raise usage_error(f"unet.attention_levels {settings.unet.attention_levels} is more than the {levels} levels")
     for name in ("vae", "unet"):
-        if any(channels % 16 for channels in getattr(settings, name).channels):
-            raise usage_error(f"{name}.channels {list(getattr(settings, name).channels)}: each is a multiple of 16")
+        channels = getattr(settings, name).channels
+        if not channels or any(width < 16 or width % 16 for width in channels):
+            raise usage_error(f"{name}.channels {list(channels)}: each is a multiple of 16")
+    if any(width % settings.unet.head_width for width in settings.unet.channels):
+        raise usage_error(
+            f"unet.head_width {settings.unet.head_width} does not divide unet.channels {list(settings.unet.channels)}"
+        )
+    side = 128 // 2 ** (len(settings.vae.channels) - 1)
+    if side % 2 ** (levels - 1):
+        raise usage_error(f"unet.channels: {levels} levels do not fit into latents of {side} x {side}")
 
 
 def _range(name: str) -> tuple[float, float]:
     special: dict[str, tuple[float, float]] = {
         "caption_dropout": (0, 0.9), "ema_decay": (0, 0.99999), "learning_rate": (1e-7, 1), "seed": (0, 2**31),
         "l1_weight": (0, 100), "kl_weight": (0, 10), "weight_decay": (0, 10), "max_grad_norm": (1e-3, 1e6),
-        "warmup_steps": (0, 1e6), "snr_gamma": (1e-3, 1e6), "merges": (0, 40_000), "length": (8, 77), "held_out": (32, 100_000),
+        "warmup_steps": (0, 1e6), "snr_gamma": (1e-3, 1e6), "merges": (0, 40_000), "length": (8, 77), "held_out": (32, 90_000),
+        "count": (1, MAX_SCENES),
     }  # fmt: skip
     return special.get(name, (1, 10_000_000))

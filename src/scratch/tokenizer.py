@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from src.errors import usage_error
 from src.scratch.phases import Work
 from src.scratch.settings import ScratchSettings, TokenizerSettings
 from src.terminal import Terminal
@@ -24,13 +25,16 @@ MARK = "</w>"  # of the end of a word
 
 def learn_tokenizer(work: Work, settings: ScratchSettings, terminal: Terminal) -> dict[str, float]:
     """Learn from the captions of training, and publish what `CLIPTokenizer` loads."""
-    captions = read_captions(work)
+    inputs, captions = work.inputs("tokenizer"), read_captions(work)
     merges = learn_merges(Counter(word for caption in captions for word in caption.split()), settings.tokenizer.merges)
     contents = tokenizer_files(merges, settings.tokenizer)
     words = {word for caption in captions for word in caption.split()}
     known = set(vocabulary(merges))
     figures = {"tokens": len(known), "words": len(words), "words_of_one_token": sum(f"{word}{MARK}" in known for word in words)}
-    work.publish("tokenizer", settings, contents, figures)
+    figures["longest"] = longest = max(len(caption.split()) for caption in captions) + 2  # with begin and end
+    if longest > settings.tokenizer.length:
+        raise usage_error(f"tokenizer.length {settings.tokenizer.length}: the longest caption has {longest} tokens")
+    work.publish("tokenizer", settings, contents, figures, inputs)
     terminal.say(f"tokenizer {figures['tokens']} tokens; {figures['words_of_one_token']} of {len(words)} words are one token")
     return figures
 

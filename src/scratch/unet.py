@@ -13,6 +13,8 @@ The VAE and the text tower are frozen: latents and embeddings are computed once.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import safetensors.torch
@@ -29,13 +31,15 @@ from src.diffusion import NoiseSchedule
 from src.errors import UserError
 from src.evaluation.checking import check
 from src.evaluation.skills import Judged, Scores, choose
-from src.scratch import clip, vae
+from src.images import contact_sheet, encode_png
+from src.scratch import clip, phase_report, vae
 from src.scratch.learning import Lesson, device_of, learn, precision_of
 from src.scratch.phases import Work
 from src.scratch.pictures import read_pictures
 from src.scratch.settings import ScratchSettings, UnetSettings
 from src.scratch.tokenizer import read_tokenizer
 from src.terminal import Terminal
+from src.training.history import History
 
 SCHEDULER = {
     "num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
@@ -87,7 +91,7 @@ def is_compiled(settings: ScratchSettings, device: torch.device) -> bool:
 
 
 def learn_unet(work: Work, settings: ScratchSettings, terminal: Terminal) -> dict[str, float]:
-    """Learn to predict noise, and publish a diffusers folder."""
+    """Learn to tell noise from picture, and publish a diffusers folder."""
     inputs, device = work.inputs("unet"), device_of(settings.machine)
     autoencoder = vae.read_vae(work).to(device, memory_format=torch.channels_last)
     training = gather(work, settings, "train", autoencoder, terminal)
@@ -116,13 +120,17 @@ def learn_unet(work: Work, settings: ScratchSettings, terminal: Terminal) -> dic
         pictures = sample(unet, autoencoder, captions, judging.embeddings[-1:], settings, device)
         right = [check(vae.strip(picture[None]), scene).all for picture, scene in zip(pictures, scenes)]
         figures = {"held_out_loss": float(sum(losses)) / len(which), f"adherence_of_{len(scenes)}": sum(right) / len(right)}
-        return figures, vae.strip(*pictures[:SHOWN].split(8))
+        return figures, sheet(pictures[:SHOWN], [scene.caption for scene in scenes[:SHOWN]])
 
     lesson = Lesson("unet", unet, settings.unet, loss, judge, {"inputs": inputs})
     figures = learn(lesson, work.of("unet"), settings.machine, terminal)
     figures["parameters"] = sum(item.numel() for item in unet.parameters())
-    figures |= examine(unet, autoencoder, work, settings, device, terminal)
-    work.publish("unet", settings, vae.model_files(unet), figures)
+    shares, samples = examine(unet, autoencoder, work, settings, device, terminal)
+    figures |= shares
+    phase_report.write("unet", work.of("unet"), settings.unet, History(work.of("unet") / "log.jsonl"), figures)
+    scheduler = DPMSolverMultistepScheduler(**SCHEDULER, **SAMPLING).to_json_string().encode()
+    contents = {**vae.model_files(unet), "scheduler/scheduler_config.json": scheduler, "samples.png": samples}
+    work.publish("unet", settings, contents, figures, inputs)
     return figures
 
 
@@ -130,16 +138,18 @@ def loss_of(
     unet: torch.nn.Module, material: Material, which: Tensor, is_dropped: Tensor, random: torch.Generator,
     schedule: NoiseSchedule, settings: UnetSettings, device: torch.device,
 ) -> Tensor:  # fmt: skip
-    """The mean loss of some examples, each at a timestep of its own."""
-    latents = material.latents[which].to(device)  # (B, 4, 16, 16)
-    noise = torch.randn(latents.shape, generator=random).to(device)
-    timesteps = torch.randint(schedule.timesteps, (len(which),), generator=random).to(device)
+    """The mean loss of some examples, each at a timestep of its own: a scalar."""
+    latents = material.latents[which].to(device)  # x_0 (B, 4, 16, 16)
+    noise = torch.randn(latents.shape, generator=random).to(device)  # e (B, 4, 16, 16)
+    timesteps = torch.randint(schedule.timesteps, (len(which),), generator=random).to(device)  # t (B,)
     empty = len(material.embeddings) - 1
-    caption = material.caption_of[which].masked_fill(is_dropped, empty)
-    noisy = diffusion.add_noise(schedule, latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
-    predicted = unet(noisy, timesteps, material.embeddings[caption].to(device).float(), return_dict=False)[0]
-    weights = diffusion.loss_weights(schedule, timesteps, settings.snr_gamma)
-    return diffusion.weighted_loss(predicted, diffusion.target(schedule, latents, noise, timesteps), weights).mean()
+    captions = material.embeddings[material.caption_of[which].masked_fill(is_dropped, empty)]  # (B, 32, D)
+    noisy = diffusion.add_noise(schedule, latents, noise, timesteps)  # x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e
+    target = diffusion.target(schedule, latents, noise, timesteps)  # v_t = sqrt(a_t) e - sqrt(1 - a_t) x_0
+    noisy = noisy.contiguous(memory_format=torch.channels_last)
+    predicted = unet(noisy, timesteps, captions.to(device).float(), return_dict=False)[0]  # v' (B, 4, 16, 16)
+    weights = diffusion.loss_weights(schedule, timesteps, settings.snr_gamma)  # w_t = min(SNR_t, gamma) / (SNR_t + 1), (B,)
+    return diffusion.weighted_loss(predicted, target, weights).mean()  # w_t |v_t - v'|^2
 
 
 def gather(work: Work, settings: ScratchSettings, split: str, autoencoder: torch.nn.Module, terminal: Terminal) -> Material:
@@ -181,41 +191,55 @@ def _encode(autoencoder: torch.nn.Module, pixels: Tensor, settings: ScratchSetti
 def examine(
     unet: UNet2DConditionModel, autoencoder: torch.nn.Module, work: Work, settings: ScratchSettings, device: torch.device,
     terminal: Terminal,
-) -> dict[str, float]:  # fmt: skip
-    """The share of pictures that follow their prompts, skill by skill: half held-out prompts, half unseen combinations."""
+) -> tuple[dict[str, float], bytes]:  # fmt: skip
+    """The share of pictures that follow their prompts, skill by skill, as `evaluate adherence` has it; and some, as PNG."""
     scenes = choose(settings.unet.examined, 0, "both")
     text, tokenizer = clip.read_text_tower(work).to(device), read_tokenizer(work)
     empty = clip.embed(text, tokenizer, [""], settings)
     judged: list[Judged] = []
+    shown: list[Tensor] = []
     terminal.start_progress(len(scenes))
     for start in range(0, len(scenes), CHECKED):
         part = scenes[start : start + CHECKED]
         captions = clip.embed(text, tokenizer, [scene.caption for scene in part], settings)
-        pictures = sample(unet, autoencoder, captions, empty, settings, device, seed=start)
-        judged += [Judged(scene, start, check(vae.strip(picture[None]), scene)) for picture, scene in zip(pictures, part)]
+        pictures = sample(unet, autoencoder, captions, empty, settings, device, first_seed=start)
+        verdicts = [check(vae.strip(picture[None]), scene) for picture, scene in zip(pictures, part)]
+        judged += [Judged(scene, start + index, verdict) for index, (scene, verdict) in enumerate(zip(part, verdicts))]
+        shown += pictures
         terminal.progress(len(judged), "unet    examined")
     terminal.end_progress()
     shares = Scores(tuple(judged)).skills
-    return {f"adherence, {skill}": share.value for skill, share in shares.items() if share.value is not None}
+    every = range(0, len(scenes), math.ceil(len(scenes) / SHOWN))
+    picture = sheet([shown[index] for index in every], [scenes[index].caption for index in every])
+    figures = {f"adherence, {skill}": share.value for skill, share in shares.items() if share.value is not None}
+    return figures, encode_png(picture, {})
+
+
+def sheet(pictures: Sequence[Tensor], captions: Sequence[str]) -> Image.Image:
+    """Pictures (3, 128, 128) in [-1, 1] in rows of six, twice as large, each with its caption."""
+    large = [vae.strip(picture[None]).resize((256, 256), Image.Resampling.LANCZOS) for picture in pictures]
+    return contact_sheet(large, captions, columns=6)
 
 
 @torch.no_grad()
 def sample(
     unet: UNet2DConditionModel, autoencoder: torch.nn.Module, captions: Tensor, empty: Tensor, settings: ScratchSettings,
-    device: torch.device, seed: int = 1,
+    device: torch.device, first_seed: int = 0,
 ) -> Tensor:  # fmt: skip
-    """Pictures (B, 3, 128, 128) in [-1, 1] of embedded captions (B, length, width), by the sampler that ships."""
+    """Pictures (B, 3, 128, 128) in [-1, 1] of embedded captions (B, 32, D), by the sampler that ships; each its own seed."""
     scheduler = DPMSolverMultistepScheduler(**SCHEDULER, **SAMPLING)
     scheduler.set_timesteps(SHOWN_STEPS, device=device)
-    shape = (len(captions), unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-    latents = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
-    latents = latents * scheduler.init_noise_sigma
+    shape = (1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    seeds = range(first_seed, first_seed + len(captions))
+    noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    latents = noise.to(device) * scheduler.init_noise_sigma  # (B, 4, 16, 16)
     both = torch.cat([empty.expand_as(captions), captions]).to(device).float()
     for timestep in scheduler.timesteps:
         inputs = scheduler.scale_model_input(torch.cat([latents, latents]), timestep)
         with precision_of(settings.machine, device):
             without, told = unet(inputs, timestep, both, return_dict=False)[0].float().chunk(2)
-        latents = scheduler.step(without + GUIDANCE * (told - without), timestep, latents, return_dict=False)[0]
+        guided = without + GUIDANCE * (told - without)  # away from what any caption would get (Ho and Salimans 2022)
+        latents = scheduler.step(guided, timestep, latents, return_dict=False)[0]
     with precision_of(settings.machine, device):
         parts = (latents / autoencoder.config.scaling_factor).split(16)
         return torch.cat([autoencoder.decode(part).sample.float().clamp(-1, 1).cpu() for part in parts])

@@ -91,14 +91,15 @@ def learn_vae(work: Work, settings: ScratchSettings, terminal: Terminal) -> dict
         picture = strip(held_out[:SHOWN].cpu(), rebuilt[:SHOWN].cpu())
         return {"psnr_db": psnr(rebuilt, held_out)}, picture
 
-    lesson = Lesson("vae", vae, settings.vae, loss, judge, {"inputs": work.inputs("vae")})
+    inputs = work.inputs("vae")
+    lesson = Lesson("vae", vae, settings.vae, loss, judge, {"inputs": inputs})
     figures = learn(lesson, work.of("vae"), settings.machine, terminal)
     with torch.no_grad(), precision_of(settings.machine, device):
         latents = encode(vae, training.floats(slice(JUDGED)).to(device))
     deviation = float(latents.std())
     vae.register_to_config(scaling_factor=round(1 / deviation, 5))
     figures |= {"scaling_factor": vae.config.scaling_factor, "parameters": sum(item.numel() for item in vae.parameters())}
-    work.publish("vae", settings, model_files(vae), figures)
+    work.publish("vae", settings, model_files(vae), figures, inputs)
     return figures
 
 

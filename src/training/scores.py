@@ -71,6 +71,8 @@ class Clip:
             raise ValueError(f"{len(info['missing_keys'])} tensors are missing")
         self._model.eval().to(device)
         self._device = device
+        if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+            raise ValueError("it has no tokenizer")  # transformers would make an empty one up
         self._tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         config = self._model.config
         self._size_px = config.vision_config.image_size
