@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import multiprocessing
+import os
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -22,7 +24,6 @@ from src.scratch.settings import ScratchSettings
 from src.terminal import Terminal
 
 SHARD = 1000  # scenes that are drawn and kept together
-PROCESSES = 2
 
 
 @dataclass(frozen=True)
@@ -57,17 +58,30 @@ def draw_scenes(work: Work, settings: ScratchSettings, terminal: Terminal) -> di
     terminal.start_progress(sum(counts.values()))
     done = 0
     # "spawn": a forked child would hold this process's threads, and wait for them forever.
-    with ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(min(len(jobs), _cores()), multiprocessing.get_context("spawn"), _leave_interrupts)
+    try:
         for (seed, split, count), (data, pngs) in zip(jobs, pool.map(_draw_shard, jobs)):
             stem = f"{split}-{seed % 1_000_000:07d}"
             contents |= {f"{stem}.json": data, f"{stem}.png-s": pngs}
             captions.update(entry["scene"]["caption"] for entry in json.loads(data))
             done += count
             terminal.progress(done, f"scenes  {stem}")
-    terminal.end_progress()
+    finally:  # Ctrl-C does not wait for what nobody will read
+        pool.shutdown(wait=False, cancel_futures=True)
+        terminal.end_progress()
     figures = {"distinct_captions": len(captions)}
     work.publish("scenes", settings, contents, figures, {})
     return figures
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _leave_interrupts() -> None:
+    """Ctrl-C is the parent's, which tells its children to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def read_pictures(result: Checkpoint, split: str, limit: int | None = None) -> Pictures:
