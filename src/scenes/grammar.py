@@ -5,9 +5,9 @@
     two|three|four COLOUR SHAPEs on a BACKGROUND
     a COLOUR house and a tree|two trees|three trees on COLOUR hills by day|at sunset|at night
 
-A background is ``white background``, ``blue to white gradient background`` (from above), ``red and white striped background`` or
-``green and yellow dotted background`` (yellow dots). The words, colours and plain backgrounds of the first model's grammar are in
-it.
+A background is ``white background``, ``blue to white gradient background`` (from above), ``red and white striped background``
+or ``green and yellow dotted background`` (yellow dots). The words, colours and plain backgrounds of the first model's grammar
+are in it.
 """
 
 from __future__ import annotations
