@@ -36,7 +36,9 @@ EXIT_CODES = (
 )
 _INTERRUPTED = {  # what is left of an interrupted verb
     "adherence": "interrupted; the pictures drawn so far stay, and the same command goes on with them",
-    **dict.fromkeys(("subject", "attention", "grid", "compare"), "interrupted; the pictures drawn so far stay, without a result"),
+    **dict.fromkeys(
+        ("subject", "attention", "grid", "compare"), "interrupted; the pictures drawn so far stay, without a result"
+    ),
 }
 
 
