@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from src.doors import answer
 from src.errors import ExitCode, usage_error
+from src.flags import normalised
 from src.terminal import Terminal
 from src.version import VERSION
 
@@ -29,12 +30,21 @@ VERBS = {
 }
 
 PROG = "python -m src.evaluate"
-EXIT_CODES = "exit codes: 0 done, 1 failure, 2 wrong usage, 3 out of memory, 4 not found, 6 input refused, 130 interrupted"
+EXIT_CODES = (
+    "exit codes: 0 done, 1 failure, 2 wrong usage, 3 out of memory, 4 not found, 5 some pictures failed, 6 input refused, "
+    "130 interrupted"
+)
+_INTERRUPTED = {  # what is left of an interrupted verb
+    "adherence": "interrupted; the pictures drawn so far stay, and the same command goes on with them",
+    **dict.fromkeys(
+        ("subject", "attention", "grid", "compare"), "interrupted; the pictures drawn so far stay, without a result"
+    ),
+}
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the verb and return its exit code. Errors are one line; ``--debug`` adds the traceback."""
-    return answer(argv, _run, "interrupted; nothing was written")
+    return answer(argv, _run, _INTERRUPTED.get(argv[0] if argv else "", "interrupted; nothing was written"))
 
 
 def _run(argv: Sequence[str], terminal: Terminal) -> int:
@@ -50,7 +60,7 @@ def _run(argv: Sequence[str], terminal: Terminal) -> int:
         raise usage_error(f"'{verb}' is no verb; {f'did you mean {close[0]}?' if close else f'choose {_listed()}'}")
     module = importlib.import_module(VERBS[verb])
     parser = build_parser(verb, module)
-    words = [_with_dashes(word) for word in argv[1:]]
+    words = parser.normalised(argv[1:])
     parser.refuse_unknown(words)  # before argparse finds what is missing, which is perhaps the same flag
     options = parser.parse_args(words)
     if options.help:
@@ -92,6 +102,11 @@ class _Help(argparse.Action):
 class _Parser(argparse.ArgumentParser):
     """argparse with our errors: one line, with the nearest flag."""
 
+    def normalised(self, words: Sequence[str]) -> list[str]:
+        """As every door reads them: dashes for underscores in flags, and ``--negative -blur`` is ``--negative=-blur``."""
+        takes_value = {name: action.nargs != 0 for action in self._actions for name in action.option_strings}
+        return normalised(words, takes_value)
+
     def refuse_unknown(self, words: Sequence[str]) -> None:
         """Raises UserError (usage) for a word that begins with -- and is no flag here."""
         known = [name for action in self._actions for name in action.option_strings]
@@ -113,12 +128,6 @@ class _Parser(argparse.ArgumentParser):
 
     def _refuse(self, word: str, hint: str) -> NoReturn:
         raise usage_error(f"{self.prog.rpartition(' ')[2]}: unknown argument '{word}'; {hint}")
-
-
-def _with_dashes(word: str) -> str:
-    """``--max_pictures=9`` is ``--max-pictures=9``."""
-    flag, equals, value = word.partition("=")
-    return flag.replace("_", "-") + equals + value if word.startswith("--") else word
 
 
 def _help_text() -> str:

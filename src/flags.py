@@ -83,7 +83,8 @@ class CommandLine:
 
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
         """What was typed, and only that: ``{"generation.width": 768, "lora": [...], "words": ...}``. Raises UserError."""
-        typed = vars(self._parser.parse_args(self._normalise(argv)))
+        known = {**self._elsewhere, **self._flags}
+        typed = vars(self._parser.parse_args(normalised(argv, {name: flag.takes_value for name, flag in known.items()})))
         if typed.get("words", "") is None:
             del typed["words"]
         return typed
@@ -91,20 +92,6 @@ class CommandLine:
     def help_text(self) -> str:
         """What ``--help`` prints."""
         return self._parser.format_help()
-
-    def _normalise(self, argv: Sequence[str]) -> list[str]:
-        """``--cfg_scale=7`` -> ``--cfg-scale=7``; a value that begins with "-" is tied to its flag: ``--negative=-blur``."""
-        known = {**self._elsewhere, **self._flags}
-        normal: list[str] = []
-        for word in argv:
-            flag, equals, value = word.partition("=")
-            before = known.get(normal[-1]) if normal else None
-            is_flag = word == "--" or flag in known or _LOOKS_LIKE_A_FLAG.fullmatch(word) is not None
-            if before is not None and before.takes_value and word.startswith("-") and not is_flag:
-                normal[-1] += f"={word}"
-            else:
-                normal.append(flag.replace("_", "-") + equals + value if is_flag else word)
-        return normal
 
     def _explain(self, message: str) -> NoReturn:
         """Raise our one-line error in place of argparse's usage dump."""
@@ -123,6 +110,22 @@ class CommandLine:
                 raise usage_error(f"{flag.names[0]} takes no value; write {flag.names[0]} alone")
             raise usage_error(f"{flag.names[0]}: its value is missing; write {flag.names[0]} {flag.metavar}")
         raise usage_error(f"{message}; see --help")
+
+
+def normalised(argv: Sequence[str], takes_value: Mapping[str, bool]) -> list[str]:
+    """``--cfg_scale=7`` -> ``--cfg-scale=7``; a value that begins with "-" is tied to its flag: ``--negative=-blur``.
+
+    ``takes_value`` has every known flag.
+    """
+    normal: list[str] = []
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        is_flag = word == "--" or flag in takes_value or _LOOKS_LIKE_A_FLAG.fullmatch(word) is not None
+        if normal and takes_value.get(normal[-1]) and word.startswith("-") and not is_flag:
+            normal[-1] += f"={word}"
+        else:
+            normal.append(flag.replace("_", "-") + equals + value if is_flag else word)
+    return normal
 
 
 class _Parser(argparse.ArgumentParser):

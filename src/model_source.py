@@ -88,6 +88,13 @@ def cached_snapshot(model_id: str, cache: Path, revision: str | None = None) -> 
     return snapshot if _COMMIT.fullmatch(commit) and snapshot.is_dir() else None
 
 
+def is_embedded(model_id: str) -> bool:
+    """Whether a model's name or folder is the embedded model; another folder of that name is not."""
+    if model_id in ("", "embedded"):
+        return model_id == "embedded"
+    return os.path.realpath(os.path.expanduser(model_id)) == os.path.realpath(EMBEDDED)
+
+
 def user_cache() -> Path:
     """The user's ordinary Hugging Face cache, found by the variables and in the order of huggingface_hub."""
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")

@@ -82,6 +82,39 @@ def test_underscores_are_dashes_in_flags_alone(monkeypatch) -> None:
     assert (seen[0].max_pictures, seen[0].output) == ("a_b", "x_y")
 
 
+def test_a_value_may_begin_with_a_dash(monkeypatch, capsys) -> None:
+    seen = []
+    module = importlib.import_module("src.evaluation.compare")
+    monkeypatch.setattr(module, "run", lambda options, say: seen.append(options) or 0)
+    assert evaluate.main(["compare", "none", "a", "--negative", "-blur", "--seed", "-1", "--no-prompt-weights"]) == 0
+    assert (vars(seen[0])["generation.negative_prompt"], vars(seen[0])["generation.seed"], seen[0].b) == ("-blur", -1, "a")
+    assert evaluate.main(["compare", "none", "a", "--negative", "--blur"]) == 2
+    assert "unknown argument '--blur'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("verb", "said"),
+    [
+        ("quality", "nothing was written"),
+        ("compare", "drawn so far stay, without a result"),
+        ("adherence", "the same command goes on"),
+    ],
+)
+def test_an_interruption_says_what_is_left(monkeypatch, capsys, verb: str, said: str) -> None:
+    def interrupt(options: object, say: object) -> int:
+        raise KeyboardInterrupt
+
+    module = importlib.import_module(VERBS[verb])
+    monkeypatch.setattr(module, "run", interrupt)
+    more = {"quality": ["--real", "a", "--generated", "b"], "compare": ["a", "b"], "adherence": []}[verb]
+    assert evaluate.main([verb, *more]) == 130
+    assert said in capsys.readouterr().err
+
+
+def test_every_exit_code_of_a_verb_is_in_the_help() -> None:
+    assert "5 some pictures failed" in evaluate.EXIT_CODES  # grid's
+
+
 def test_a_verb_may_say_a_flag_anew() -> None:
     module = argparse.Namespace(SUMMARY="a verb", add_arguments=lambda parser: parser.add_argument("--output", default="mine"))
     assert evaluate.build_parser("v", module).parse_args([]).output == "mine"

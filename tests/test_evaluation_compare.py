@@ -1,5 +1,6 @@
 """The verb ``compare``: the same prompts and seeds on both sides, figures that are those of the pictures, sides told apart."""
 
+import shutil
 import statistics
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from PIL import Image
 
 from src.errors import UserError
 from src.evaluation import compare
+from src.evaluation.arms import Shot
 from src.training.scores import Clip
 from tests.test_training_scores import save_clip
 from tests.tiny.evaluation import Run, adapter, model
@@ -49,6 +51,10 @@ def test_a_model_with_and_without_an_adapter(base, clip, tmp_path) -> None:
         scores = (100 * torch.nn.functional.cosine_similarity(seen, texts)).tolist()
         assert [item["clip_score"] for item in side["pictures"]] == pytest.approx(scores, abs=1e-3)
         assert side["clip_score"]["mean"] == pytest.approx(statistics.fmean(scores), abs=1e-3)
+    assert (result["prompts"], one["clip_score"]["count"], one["clip_score"]["of"]) == (2, 2, "prompts")
+    of_prompts = [statistics.fmean(scores[:2]), statistics.fmean(scores[2:])]  # of the other side
+    assert other["clip_score"]["standard_error"] == pytest.approx(abs(of_prompts[0] - of_prompts[1]) / 2, abs=1e-3)
+    assert all(item["prompt_weights"] for item in one["pictures"])
     gains = [b["clip_score"] - a["clip_score"] for a, b in zip(one["pictures"], other["pictures"])]
     assert result["clip_score_difference"]["mean"] == pytest.approx(statistics.fmean(gains))
     levels = [
@@ -72,6 +78,37 @@ def test_two_models_without_a_judge(base, tmp_path, monkeypatch, capsys) -> None
     assert "pixel difference" in capsys.readouterr().out
 
 
+def test_where_judging_fails_the_sheet_is_there(base, clip, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("src.evaluation.likeness.features_of", lambda *_: 1 / 0)
+    lora = adapter(tmp_path / "dog.safetensors")
+    arguments = [str(lora), "none", "--model", str(base), "--prompt", "a", "--num", "1", "--steps", "1", "--clip", str(clip)]
+    with pytest.raises(ZeroDivisionError):
+        Run(compare, tmp_path / "out", arguments)
+    assert (tmp_path / "out" / "sheet.png").is_file()
+    assert len(list((tmp_path / "out" / "pictures").glob("*.png"))) == 2
+
+
+def test_a_judge_that_cannot_be_loaded_is_known_before_anything_is_drawn(base, clip, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("src.training.scores.user_cache", lambda: tmp_path / "hub")
+    broken = tmp_path / "cache" / "clip"  # where one is looked for
+    shutil.copytree(clip, broken)
+    (broken / "model.safetensors").write_bytes(b"cut off")
+    lora = adapter(tmp_path / "dog.safetensors")
+    arguments = [str(lora), "none", "--model", str(base), "--prompt", "a", "--num", "1", "--steps", "1"]
+    with pytest.raises(UserError, match="no CLIP that can be loaded"):
+        Run(compare, tmp_path / "named", [*arguments, "--clip", str(broken)])
+    assert not list(tmp_path.rglob("*.png"))
+    run = Run(compare, tmp_path / "out", arguments)  # nobody asked for this one: pictures without scores
+    assert run.result["clip"] is None
+    assert any(line.startswith("scores  none") for line in run.said)
+
+
+def test_clip_reads_the_prompt_as_it_was_drawn(tmp_path) -> None:
+    shot = {"prompt": "un(believ)able", "prompt_weights": True}
+    assert Shot(tmp_path, shot, None).text == "unbelievable"
+    assert Shot(tmp_path, shot | {"prompt_weights": False}, None).text == "un(believ)able"
+
+
 def test_the_same_twice_differs_in_nothing(base, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("src.training.scores.user_cache", lambda: tmp_path / "hub")
     lora = adapter(tmp_path / "dog.safetensors")
@@ -89,7 +126,7 @@ def test_the_same_twice_differs_in_nothing(base, tmp_path, monkeypatch) -> None:
         (["embedded", "none"], "give the prompts"),
         (["embedded", "none", "--prompt", "a", "--num", "0"], "--num 0"),
         (["embedded", "./nowhere", "--prompt", "a"], "nowhere"),
-        (["embedded", "none", "--prompt", "a", "--clip", "./nowhere"], "nowhere: no such folder"),
+        (["embedded", "none", "--model", "embedded", "--prompt", "a", "--clip", "./nowhere"], "nowhere: no such folder"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_drawn(tmp_path, arguments: list[str], message: str) -> None:

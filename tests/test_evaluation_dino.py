@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTImageProcessor, ViTModel
 
 from src.errors import ExitCode
-from src.evaluation.dino import Dino, check
+from src.evaluation.dino import Dino, check, find
 from tests.tiny.model_folders import refusal
 
 SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
@@ -41,6 +41,21 @@ def test_features_are_the_class_token_of_transformers(tmp_path: Path, kind: str,
     with torch.no_grad():
         wanted = network.from_pretrained(folder).eval()(pixel_values=pixels).last_hidden_state[:, 0]
     assert torch.allclose(found, torch.nn.functional.normalize(wanted, dim=-1), atol=1e-5)
+
+
+def test_the_one_in_the_cache_comes_before_those_of_the_hubs(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("src.training.scores.user_cache", lambda: tmp_path / "hub")
+    cache = tmp_path / "cache"
+    assert find(cache) is None
+    storage, commit = tmp_path / "hub" / "models--facebook--dinov2-small", "a" * 40
+    (storage / "refs").mkdir(parents=True)
+    (storage / "refs" / "main").write_text(commit)
+    in_hub = save_dino(storage / "snapshots" / commit, "dinov2")
+    assert find(cache) == in_hub
+    own = save_dino(cache / "dino")
+    assert find(cache) == own
+    (own / "model.safetensors").unlink()
+    assert find(cache) == in_hub, "without weights it is none"
 
 
 def test_what_is_no_dino_is_refused(tmp_path: Path) -> None:

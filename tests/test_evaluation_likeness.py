@@ -10,8 +10,9 @@ from PIL import Image
 
 from src.errors import ExitCode
 from src.evaluation import likeness
-from src.evaluation.likeness import Mean, clip_folder, consistency, features_of, open_clip, pixel_difference
+from src.evaluation.likeness import Mean, clip_folder, consistency, features_of, open_clip, pixel_difference, say_cut
 from src.evaluation.listing import text_table
+from src.model_files import EMBEDDED
 from tests.test_training_scores import save_clip
 from tests.tiny.model_folders import refusal
 
@@ -31,6 +32,17 @@ def test_means_and_their_errors() -> None:
     assert found.error == pytest.approx(math.sqrt((2.25 + 0.25) * 2 / 3) / 2)
     assert str(found) == "2.500 ± 0.645"
     assert (Mean.of([3.0]).error, str(Mean.of([3.0])), Mean.of([])) == (None, "3.000", None)
+
+
+def test_the_error_of_prompts_with_several_seeds_is_that_of_the_prompts() -> None:
+    """Seeds that all agree say nothing new: the error is that of two values, and not of eight."""
+    values, prompts = [1.0] * 4 + [3.0] * 4, ["a"] * 4 + ["b"] * 4
+    found = Mean.over_prompts(values, prompts)
+    assert (found.value, found.error, found.count, found.as_json()["of"]) == (2.0, pytest.approx(1.0), 2, "prompts")
+    assert Mean.over_prompts([*values, 5.0, None], [*prompts, "b", "c"]).value == pytest.approx((1.0 + 17 / 5) / 2)
+    one = Mean.over_prompts([1.0, 3.0], ["a", "a"])
+    assert (one.count, one.error, one.as_json()["of"]) == (2, pytest.approx(1.0), "pictures")
+    assert Mean.over_prompts([None], ["a"]) is None
 
 
 def test_pixel_difference() -> None:
@@ -60,10 +72,24 @@ def test_the_judge_is_the_one_named_or_the_first_that_knows_these_pictures(tmp_p
     assert "models/embedded/clip" in refusal(ExitCode.NOT_FOUND, clip_folder, None, ["embedded"], cache)
     own = save_clip(tmp_path / "embedded" / "clip")
     assert clip_folder(None, ["embedded", "embedded"], cache) == own
+    assert clip_folder(None, ["embedded", str(EMBEDDED)], cache) == own, "its folder is the embedded model, too"
+    namesake = tmp_path / "other" / "embedded"
+    namesake.mkdir(parents=True)
+    assert clip_folder(None, [str(namesake)], cache) == general, "a name does not make it one"
     assert clip_folder(str(general), ["embedded"], cache) == general
     assert "no such folder" in refusal(ExitCode.NOT_FOUND, clip_folder, str(tmp_path / "typo"), ["tiny"], cache)
+    assert "both towers" in refusal(ExitCode.REFUSED, clip_folder, str(namesake), ["tiny"], cache)
     assert open_clip(general).picture_features([Image.new("RGB", (40, 40))]).shape == (1, 16)
     assert "no CLIP that can be loaded" in refusal(ExitCode.REFUSED, open_clip, tmp_path)
+
+
+def test_prompts_that_clip_reads_by_their_beginning_are_counted_once_each(tmp_path: Path) -> None:
+    said: list[str] = []
+    clip = open_clip(save_clip(tmp_path / "clip"))
+    say_cut(clip, ["a circle"], said.append)
+    assert said == []
+    say_cut(clip, ["circle " * 90, "circle " * 90, "a circle"], said.append)
+    assert said == ["prompts 1 prompt longer than CLIP's window: compared by their beginning"]
 
 
 def test_tables_for_the_terminal() -> None:

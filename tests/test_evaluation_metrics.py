@@ -106,6 +106,13 @@ def test_cmmd_by_hand() -> None:
     assert metrics.cmmd(x, x) == 0
 
 
+def test_cmmd_of_opposite_points_is_the_most_that_the_docstring_says() -> None:
+    point = np.eye(8)[:1]
+    most = metrics.cmmd(point, -point)
+    assert most == pytest.approx(2000 * (1 - math.exp(-2 / 100)))
+    assert f"{most:.1f} with the defaults" in metrics.cmmd.__doc__
+
+
 def test_cmmd_of_gaussians_by_their_formula() -> None:
     """E k(x, y) of independent N(m, I) and N(0, I) in D dimensions: (s / (s + 2))^(D/2) exp(-|m|^2 / 2 (s + 2)), s = sigma^2."""
     shift = 3.0

@@ -50,6 +50,16 @@ def folders(tmp_path) -> tuple[Path, Path]:
     return real, generated
 
 
+@pytest.fixture
+def no_clips(monkeypatch, tmp_path) -> Path:
+    """A folder whose ``embedded`` and ``hub`` are looked into for a CLIP, and which is the working folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("src.training.scores.user_cache", lambda: tmp_path / "hub")
+    for module in ("src.training.scores", "src.evaluation.features"):
+        monkeypatch.setattr(f"{module}.EMBEDDED", tmp_path / "embedded")
+    return tmp_path
+
+
 def run(folders: tuple[Path, Path], *more: object) -> int:
     real, generated = folders
     output = real.parent / "out"
@@ -255,16 +265,20 @@ def test_mistakes_are_one_line(folders, clip_folder, monkeypatch, capsys, change
     assert not Path("out", "result.json").exists()
 
 
-def test_without_any_extractor_it_says_what_to_give(folders, monkeypatch, tmp_path, capsys) -> None:
-    monkeypatch.setattr(inputs, "EMBEDDED", tmp_path / "embedded")
+def test_without_any_extractor_it_says_what_to_give(folders, no_clips, capsys) -> None:
     assert run(folders) == 4
     assert "give --clip FOLDER, --inception FILE, or both" in capsys.readouterr().err
 
 
-def test_the_embedded_models_own_clip_is_the_default_and_says_so(folders, monkeypatch, tmp_path, capsys) -> None:
-    monkeypatch.setattr(inputs, "EMBEDDED", tmp_path / "embedded")
-    monkeypatch.setattr("src.evaluation.features.EMBEDDED", tmp_path / "embedded")
-    save_clip(tmp_path / "embedded" / "clip")
+def test_the_first_clip_on_this_disk_judges_and_the_embedded_models_own_in_want_of_others(folders, no_clips, capsys) -> None:
+    save_clip(no_clips / "embedded" / "clip")
     assert run(folders) == 0
     assert "it knows the project's drawn scenes alone" in capsys.readouterr().err
     assert result_of(folders)["extractors"] == {"CLIP embedded": 16}
+    storage, commit = no_clips / "hub" / "models--openai--clip-vit-large-patch14", "a" * 40
+    (storage / "refs").mkdir(parents=True)
+    (storage / "refs" / "main").write_text(commit)
+    save_clip(storage / "snapshots" / commit)
+    assert run(folders) == 0
+    assert "drawn scenes alone" not in capsys.readouterr().err
+    assert result_of(folders)["extractors"] == {"CLIP openai/clip-vit-large-patch14": 16}

@@ -1,6 +1,7 @@
 """The verb ``subject``: the figures of a training's own scorer, with and without the adapter, and consistency by pairs."""
 
 import itertools
+import shutil
 import statistics
 from pathlib import Path
 
@@ -88,6 +89,29 @@ def test_dino_alone(place, tmp_path, monkeypatch) -> None:
     assert figures["clip_i"] is None is figures["clip_t"]
     assert -1 <= figures["dino"] <= 1
     assert any("by DINO alone" in line for line in run.said)
+
+
+def test_a_dino_on_this_disk_judges_without_being_named(place, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("src.training.scores.user_cache", lambda: tmp_path / "hub")
+    shutil.copytree(place / "dino", tmp_path / "cache" / "dino")
+    run = Run(subject, tmp_path / "out", [*arguments(place), "--num", "1"])
+    assert run.result["judges"] == ["dino"]
+    assert run.result["figures"]["with dog"]["dino"] is not None
+
+
+def test_a_photo_that_cannot_be_read_is_known_before_anything_is_drawn(place, tmp_path) -> None:
+    photos = shutil.copytree(place / "photos", tmp_path / "photos")
+    next(photos.glob("*.png")).write_bytes(b"cut off")
+    with pytest.raises(UserError, match="photos"):
+        Run(subject, tmp_path / "out", arguments(place, "--photos", str(photos), "--clip", str(place / "clip")))
+    assert not list((tmp_path / "out").rglob("*.png"))
+
+
+def test_where_judging_fails_the_sheet_is_there(place, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(subject._Jury, "judge", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Run(subject, tmp_path / "out", arguments(place, "--clip", str(place / "clip")))
+    assert (tmp_path / "out" / "sheet.png").is_file()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.evaluation import drawing
-from src.prompts import extract_loras, parse_weights
+from src.evaluation.inputs import plain_text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,8 +30,7 @@ class Shot:
     @property
     def text(self) -> str:
         """What was drawn as plain text, for a network that reads no weights and tags."""
-        prompt, _ = extract_loras(self.facts["prompt"])
-        return " ".join(" ".join(segment.text for segment in parse_weights(prompt)).split())
+        return plain_text(self.facts["prompt"], self.facts["prompt_weights"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,22 +50,23 @@ class Arm:
         return [shot.path for shot in self.shots]
 
 
-def draw_arms(
+def order_arms(
     wanted: Mapping[str, Mapping[str, Any]], prompts: Sequence[str], seeds: Sequence[int], say: drawing.Say
-) -> list[Arm]:
-    """Draw and save every prompt with every seed for each arm, {label: what was typed}, one arm after the other.
-
-    All orders are checked before the first model is loaded. Raises UserError.
-    """
+) -> dict[str, list[drawing.Order]]:
+    """The orders of each arm, {label: what was typed}: every prompt with every seed, checked. Raises UserError."""
     desk = drawing.OrderDesk(say)
-    pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    orders = {
-        label: [desk.order({**typed, "prompt": prompt, "generation.seed": seed}) for prompt, seed in pairs]
+    return {
+        label: [desk.order({**typed, "prompt": prompt, "generation.seed": seed}) for prompt in prompts for seed in seeds]
         for label, typed in wanted.items()
     }
+
+
+def draw_arms(orders: Mapping[str, Sequence[drawing.Order]], folder: Path, say: drawing.Say) -> list[Arm]:
+    """Draw and save all orders, {label: those of an arm}, one arm after the other, and the sheet. Raises UserError."""
+    from src import files
     from src.evaluation.sheet import cell_limit_px, shrunk
 
-    limit_px = cell_limit_px(len(wanted), min(len(pairs), MAX_SHOWN))
+    limit_px = cell_limit_px(len(orders), min(max(map(len, orders.values())), MAX_SHOWN))
     arms = []
     with drawing.Artist(say, [order for own in orders.values() for order in own]) as artist:
         for letter, (label, own) in zip("ab", orders.items()):
@@ -76,6 +76,8 @@ def draw_arms(
                 path = artist.save(picture, f"{letter}-{number:03d}")
                 shots.append(Shot(path, drawing.facts_of(picture), shrunk(picture, limit_px)))
             arms.append(Arm(label, shots))
+    bare = sheet_of(arms, [[""] * len(arm.shots) for arm in arms])
+    files.publish_bytes(folder / SHEET, bare)  # it shows what was drawn, even where the judges fail afterwards
     return arms
 
 

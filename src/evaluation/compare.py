@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.config import preset_names
-from src.errors import ExitCode, UserError, not_found, usage_error
+from src.errors import ExitCode, UserError, usage_error
 from src.evaluation import drawing
-from src.evaluation.arms import SHEET, draw_arms, pictures_table, sheet_of
+from src.evaluation.arms import SHEET, draw_arms, order_arms, pictures_table, sheet_of
 from src.evaluation.axes import NO_LORA, lora_label
 from src.flags import Flag
 from src.model_files import family_of_header
 from src.named_files import adapter_files
 from src.recipe import public_name
-from src.request import LoraChoice, user_path
+from src.request import LoraChoice
 from src.tensor_files import read_header
+from src.terminal import counted
 
 if TYPE_CHECKING:
     from src.evaluation.arms import Arm
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 SUMMARY = "two models or LoRAs on the same prompts and seeds, side by side, with figures"
 
 _ABOUT = """\
-CLIP score: 100 times the cosine of CLIP's features of a picture and of its prompt, mean and standard error over the pictures. \
-The difference is of pairs of one prompt and seed, B less A: it means something where it is several times its error. \
+CLIP score: 100 times the cosine of CLIP's features of a picture and of its prompt, mean and standard error over the \
+prompts, each with the mean of its pictures; over the pictures where there is one prompt, and then it holds for that prompt \
+alone. The difference is of pairs of one prompt and seed, B less A: it means something where it is several times its error. \
 Pixel difference: the mean of all levels, 0 to 255, between the pictures of a pair. Seconds: the median of a picture, \
 without loading."""
 
@@ -53,10 +55,10 @@ def run(options: argparse.Namespace, say: drawing.Say) -> int:
     folder, typed = drawing.read_typed(options)
     clip_name = typed.pop("clip", None)
     wanted = _sides(typed, [typed.pop("a"), typed.pop("b")])
-    if clip_name is not None and not user_path(clip_name).is_dir():  # before anything is drawn
-        raise not_found(f"--clip {clip_name}: no such folder; name one that transformers' CLIPModel loads")
-    arms = draw_arms(wanted, drawing.read_prompts(typed), drawing.read_seeds(typed), say)
-    scores, judge = _clip_scores(arms, clip_name, typed, say)
+    orders = order_arms(wanted, drawing.read_prompts(typed), drawing.read_seeds(typed), say)
+    judge = _find_judge(clip_name, [order for own in orders.values() for order in own], say)
+    arms = draw_arms(orders, folder, say)
+    scores = _clip_scores(arms, judge, say) if judge else None
     for line in _write(folder, arms, scores, judge):
         print(line)
     return ExitCode.OK
@@ -94,47 +96,55 @@ def _is_adapter(text: str) -> bool:
     return False
 
 
-def _clip_scores(
-    arms: Sequence[Arm], named: str | None, typed: dict[str, Any], say: drawing.Say
-) -> tuple[list[list[float]] | None, str]:
-    """Each picture's score, arm by arm, and the judge's name; None, said, where there is no CLIP and none was named."""
-    from src.arguments import build_config
+def _find_judge(named: str | None, orders: Sequence[drawing.Order], say: drawing.Say) -> Path | None:
+    """The folder of the CLIP, proven to load before anything is drawn; None, said, where there is none and none was named."""
     from src.evaluation import likeness
-    from src.training.scores import faithfulness
 
-    models = [shot.facts["model"] for arm in arms for shot in arm.shots]
+    models = list({order.config.model.model_id for order in orders})
     try:
-        place = likeness.clip_folder(named, models, build_config(typed).paths.folder("cache"))
+        place = likeness.clip_folder(named, models, orders[0].config.paths.folder("cache"))
+        likeness.open_clip(place)  # and let go: drawing needs the memory
     except UserError as error:
         if named is not None:
             raise
         say(f"scores  none: {error}")
-        return None, ""
-    clip, scores = likeness.open_clip(place), []
+        return None
+    return place
+
+
+def _clip_scores(arms: Sequence[Arm], judge: Path, say: drawing.Say) -> list[list[float]]:
+    """Each picture's score, arm by arm. Raises UserError."""
+    from src.evaluation import likeness
+    from src.training.scores import faithfulness
+
+    clip, scores = likeness.open_clip(judge), []
+    likeness.say_cut(clip, [shot.text for arm in arms for shot in arm.shots], say)
     for arm in arms:
         pictures = likeness.features_of(arm.paths, clip.picture_features)
         scores.append((100 * faithfulness(pictures, clip.text_features([shot.text for shot in arm.shots]))).tolist())
-    return scores, public_name(str(place.resolve()))
+    return scores
 
 
-def _write(folder: Path, arms: Sequence[Arm], scores: list[list[float]] | None, judge: str) -> list[str]:
+def _write(folder: Path, arms: Sequence[Arm], scores: list[list[float]] | None, place: Path | None) -> list[str]:
     """The sheet, the figures and the report; returns the lines to print."""
     from src import files, report
-    from src.evaluation import results
+    from src.evaluation import features, results
     from src.evaluation.likeness import Mean, pixel_difference
     from src.evaluation.listing import text_table
     from src.images import read_image
 
     differences = [pixel_difference(*map(read_image, pair)) for pair in zip(*(arm.paths for arm in arms))]
-    pixels = Mean.of([value for value in differences if value is not None])
-    means = [Mean.of(own) for own in scores] if scores else [None, None]
-    gain = Mean.of([b - a for a, b in zip(*scores)]) if scores else None
+    prompts = [shot.facts["prompt"] for shot in arms[0].shots]
+    pixels = Mean.over_prompts(differences, prompts)
+    means = [Mean.over_prompts(own, prompts) for own in scores] if scores else [None, None]
+    gain = Mean.over_prompts([b - a for a, b in zip(*scores)], prompts) if scores else None
+    judge = features.public_name(place) if place else None
     captions = [[f"CLIP {value:.1f}" for value in own] for own in scores] if scores else [[""] * len(arm.shots) for arm in arms]
     rows = [[arm.label, _text(mean), arm.seconds, None] for arm, mean in zip(arms, means)]
     rows.append(["B less A", _text(gain), arms[1].seconds - arms[0].seconds, _text(pixels)])
     columns = ["", "CLIP score", "seconds a picture", "pixel difference"]
     result = {
-        "pictures": len(arms[0].shots), "clip": judge or None,
+        "pictures": len(prompts), "prompts": len(set(prompts)), "clip": judge,
         "clip_score_difference": gain and gain.as_json(), "pixel_difference": pixels and pixels.as_json(),
         "sides": [
             {
@@ -147,7 +157,8 @@ def _write(folder: Path, arms: Sequence[Arm], scores: list[list[float]] | None, 
             for number, (arm, mean) in enumerate(zip(arms, means))
         ],
     }  # fmt: skip
-    count = f"{len(arms[0].shots)} pictures a side, the same prompts and seeds" + (f"; judged by {judge}" if judge else "")
+    count = f"{counted(len(prompts), 'picture')} of {counted(len(set(prompts)), 'prompt')} a side, the same prompts and seeds"
+    count += f"; judged by {judge}" if judge else ""
     page = report.page(
         " | ".join(arm.label for arm in arms),
         report.text(count),

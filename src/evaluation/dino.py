@@ -14,11 +14,35 @@ import transformers
 from PIL import Image
 from torch import Tensor
 
-from src.errors import not_found, refused
+from src.errors import UserError, not_found, refused
 from src.model_files import read_json
+from src.training.scores import first_on_disk
 
 KINDS = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")  # model_type; no code of a model is ever run
-KNOWN = "facebook/dino-vits16"
+# The first that is on the disk. ViT-S/16 is what published figures use.
+KNOWN_DINOS = (
+    "facebook/dino-vits16",
+    "facebook/dino-vitb16",
+    "facebook/dino-vits8",
+    "facebook/dino-vitb8",
+    "facebook/dinov2-small",
+    "facebook/dinov2-base",
+    "facebook/dinov2-large",
+)
+KNOWN = KNOWN_DINOS[0]
+
+
+def find(cache: Path) -> Path | None:
+    """The folder of a DINO: ``CACHE/dino``, then the known ones in the two hub caches; nothing is fetched."""
+    return first_on_disk(cache / "dino", KNOWN_DINOS, cache, _is_dino)
+
+
+def _is_dino(folder: Path) -> bool:
+    try:
+        check(folder)
+    except UserError:
+        return False
+    return any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
 
 
 def check(folder: Path) -> None:

@@ -175,8 +175,9 @@ def facts_of(picture: Image.Image) -> dict[str, Any]:
     """What one wants to know of a drawn picture beside its pixels, from its recipe."""
     drawn = picture.info["drawn"]
     return {
-        "prompt": drawn.prompt, "seed": drawn.seed, "width": drawn.width, "height": drawn.height,
-        "steps": drawn.num_inference_steps, "guidance_scale": drawn.guidance_scale, "scheduler": drawn.scheduler,
+        "prompt": drawn.prompt, "prompt_weights": drawn.prompt_weights, "seed": drawn.seed,
+        "width": drawn.width, "height": drawn.height, "steps": drawn.num_inference_steps,
+        "guidance_scale": drawn.guidance_scale, "scheduler": drawn.scheduler,
         "model": drawn.model.name, "loras": [[item.name, item.weight] for item in drawn.loras],
         "precision": drawn.precision, "device": drawn.device, "time_s": drawn.time_s,
     }  # fmt: skip

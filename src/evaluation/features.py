@@ -40,7 +40,7 @@ class ClipFeatures:
         except Exception as error:  # what loaders raise has no class in common
             cause = " ".join(str(error).split())[:120]
             raise refused(f"--clip {folder}: cannot be loaded ({cause}); name a complete CLIPModel folder") from None
-        self.is_own = folder == EMBEDDED / "clip"
+        self.is_own = folder.resolve() == (EMBEDDED / "clip").resolve()
         self.name = "CLIP embedded" if self.is_own else f"CLIP {public_name(folder)}"
 
     def __call__(self, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:

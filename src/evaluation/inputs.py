@@ -12,7 +12,6 @@ from src import recipe
 from src.captions import read_captions
 from src.errors import UserError, not_found, refused, usage_error
 from src.images import read_text_chunks
-from src.model_files import EMBEDDED
 from src.preparation.scanning import scan
 from src.prompts import clean_prompt, extract_loras, parse_weights
 from src.tensor_files import read_header
@@ -59,17 +58,6 @@ def prompts_of(folder: Path, pictures: Sequence[Path], source: str) -> list[str 
         captions, _ = read_captions(folder, pictures)
         found = [text or next(iter(captions[path]), None) for text, path in zip(found, pictures)]
     return found
-
-
-def clip_folder(typed: str | None) -> Path | None:
-    """The folder that was typed, else the embedded model's own CLIP, None where it has none. Raises UserError (not found)."""
-    if typed is None:
-        own = EMBEDDED / "clip"
-        return own if own.is_dir() else None
-    folder = Path(typed).expanduser()
-    if not folder.is_dir():
-        raise not_found(f"--clip {folder}: no such folder; name a CLIPModel folder of transformers")
-    return folder
 
 
 def check_inception(path: Path) -> None:

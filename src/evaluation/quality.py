@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src import quiet
+from src.arguments import build_config
 from src.errors import ExitCode, not_found, usage_error
 from src.evaluation import inputs
 from src.files import check_writable_folder
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "two folders of pictures: FID, KID, CMMD, CLIP score, precision, recall, copies"
 
-_NO_CLIP = "no CLIP is given, and the embedded model has none of its own"
+_NO_CLIP = "no CLIP is given, and none with an image tower is on this disk"
 _OWN_CLIP = "CLIP    the embedded model's own: it knows the project's drawn scenes alone; for other pictures give --clip FOLDER"
 
 
@@ -57,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--real", metavar="DIR", required=True, help="pictures of the world: held-out ones, never those that were learnt")
     add("--generated", metavar="DIR", required=True, help="pictures of the model")
-    add("--clip", metavar="FOLDER", help="a CLIPModel folder of transformers (default: the embedded model's own)")
+    add("--clip", metavar="FOLDER", help="a CLIPModel folder of transformers (default: the first on this disk)")
     add("--inception", metavar="FILE", help="FID's Inception v3 as .safetensors, for FID, KID and inception score")
     add(
         "--prompts", choices=inputs.PROMPT_SOURCES, default="auto",
@@ -102,12 +103,14 @@ def read_comparison(options: argparse.Namespace, say: Callable[[str], None]) -> 
     one, other = real.resolve(), generated.resolve()
     if one == other or one in other.parents or other in one.parents:
         raise usage_error(f"--real {real} and --generated {generated} share pictures; name folders apart from each other")
-    clip = inputs.clip_folder(options.clip)
+    if options.clip is not None and not user_path(options.clip).is_dir():  # before torch is imported
+        raise not_found(f"--clip {options.clip}: no such folder; name a CLIPModel folder of transformers")
     inception = None if options.inception is None else user_path(options.inception)
     if inception is not None:
         inputs.check_inception(inception)
     else:
         say("Inception none: so no FID, KID and inception score; --inception FILE gives it")
+    clip = _clip_folder(options.clip)
     if clip is None and inception is None:
         raise not_found(f"{_NO_CLIP}; give --clip FOLDER, --inception FILE, or both")
     prompts = None
@@ -117,6 +120,17 @@ def read_comparison(options: argparse.Namespace, say: Callable[[str], None]) -> 
         prompts = inputs.prompts_of(generated, sides[1].pictures, options.prompts)
     output = check_writable_folder(user_path(options.output))
     return Comparison(*sides, clip, inception, prompts, options.seed, options.device, output)
+
+
+def _clip_folder(named: str | None) -> Path | None:
+    """The one named, else the first on this disk as for the other verbs, else the embedded model's. Raises UserError."""
+    from src.evaluation.likeness import clip_folder
+    from src.training.scores import find_clip
+
+    if named is not None:
+        return clip_folder(named, [], Path())
+    cache = build_config({}).paths.folder("cache")
+    return find_clip("", cache) or find_clip("embedded", cache)
 
 
 def table(found: list[Figure]) -> str:
@@ -174,10 +188,11 @@ def _texts(
     """(T, D) features of the prompts, and (T,) whose picture's they are; None where they are not asked for."""
     import numpy as np
 
+    from src.evaluation.likeness import say_cut
+
     if prompts is None:
         return None, None
     given = [index for index, prompt in enumerate(prompts) if prompt]
-    if cut := sum(clip.clip.is_cut(prompts[index]) for index in given):
-        say(f"prompts {counted(cut, 'prompt')} longer than CLIP's window: compared by their beginning")
+    say_cut(clip.clip, [prompts[index] for index in given], say)
     rows = clip.text_features([prompts[index] for index in given])
     return rows, np.array(given, dtype=int)

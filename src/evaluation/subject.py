@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from src.errors import ExitCode, UserError, usage_error
 from src.evaluation import drawing
-from src.evaluation.arms import SHEET, draw_arms, pictures_table, sheet_of
+from src.evaluation.arms import SHEET, draw_arms, order_arms, pictures_table, sheet_of
 from src.evaluation.axes import lora_label
 from src.flags import Flag
 from src.request import user_path
@@ -46,7 +46,7 @@ FLAGS = (
     Flag(("--clip",), "the CLIP that judges: a folder with both towers (default: the first on this disk)", metavar="FOLDER"),
     Flag(
         ("--dino",),
-        "a DINO that judges, too: a folder of transformers (facebook/dino-vits16 in publications)",
+        "a DINO that judges, too: a folder, facebook/dino-vits16 in publications (default: the first on this disk)",
         metavar="FOLDER",
     ),
 )
@@ -82,12 +82,12 @@ def run(options: argparse.Namespace, say: drawing.Say) -> int:
     from src.dataset import find_pictures
 
     photos = find_pictures(user_path(typed.pop("photos")))
-    jury = _Jury(judges, typed, trigger, say)  # before anything is drawn: without one all would be in vain
     wanted = {f"{WITHOUT} {lora_label(lora)}": typed, f"{WITH} {lora_label(lora)}": {**typed, "lora": [lora]}}
-    arms = draw_arms(wanted, prompts, seeds, say)
-    jury.look_at(photos)
-    base = jury.judge(arms[0], None)
-    for line in _write(folder, arms, [base, jury.judge(arms[1], base)], jury, photos):
+    orders = order_arms(wanted, prompts, seeds, say)
+    jury = _Jury(judges, typed, trigger, say)
+    jury.look_at(photos)  # before anything is drawn: without judges and photos all would be in vain
+    arms = draw_arms(orders, folder, say)
+    for line in _write(folder, arms, jury.judge(arms), jury, photos):
         print(line)
     return ExitCode.OK
 
@@ -98,33 +98,35 @@ class _Jury:
     def __init__(self, named: dict[str, str | None], typed: dict[str, Any], trigger: str | None, say: drawing.Say) -> None:
         """Raises UserError for a judge that was named and cannot be had, and where there is none."""
         from src.arguments import build_config
-        from src.evaluation import dino, likeness
+        from src.evaluation import dino, features, likeness
 
         config = build_config(typed)
-        self.trigger = trigger
-        self._folders: list[Path | None] = [None, user_path(named["dino"]) if named["dino"] else None]
+        cache = config.paths.folder("cache")
+        self.trigger, self._say = trigger, say
+        self._folders: list[Path | None] = [None, user_path(named["dino"]) if named["dino"] else dino.find(cache)]
         if self._folders[1] is not None:
             dino.check(self._folders[1])
         try:
-            self._folders[0] = likeness.clip_folder(named["clip"], [config.model.model_id], config.paths.folder("cache"))
+            self._folders[0] = likeness.clip_folder(named["clip"], [config.model.model_id], cache)
         except UserError as error:
             if named["clip"] is not None or self._folders[1] is None:
                 raise
             say(f"scores  by DINO alone: {error}")
-        self.names = [folder.resolve().name for folder in self._folders if folder is not None]
+        self.names = [features.public_name(folder) for folder in self._folders if folder is not None]
 
     def look_at(self, photos: Sequence[Path]) -> None:
-        """Load the judges, and show them the photos. Raises UserError."""
-        from src.evaluation import dino, likeness
+        """Load the judges, show them the photos, and let go of them: drawing needs the memory. Raises UserError."""
         from src.training.scores import some_photos
 
-        openers = likeness.open_clip, dino.Dino
-        self._clip, self._dino = (None if folder is None else opener(folder) for opener, folder in zip(openers, self._folders))
         chosen = some_photos(photos)
-        self._photos = [
-            None if judge is None else self._see(chosen, judge.picture_features) for judge in (self._clip, self._dino)
-        ]
+        self._photos = [None if judge is None else self._see(chosen, judge.picture_features) for judge in self._load()]
         self.looked_at = len(chosen)
+
+    def _load(self) -> list[Any]:
+        from src.evaluation import dino, likeness
+
+        openers = likeness.open_clip, dino.Dino
+        return [None if folder is None else opener(folder) for opener, folder in zip(openers, self._folders)]
 
     def of_photos(self) -> Figures:
         """The photos among themselves: each pair of two."""
@@ -133,17 +135,24 @@ class _Jury:
         clip, dino = (None if seen is None else consistency(seen) for seen in self._photos)
         return Figures(clip, None, dino, clip, dino)
 
-    def judge(self, arm: Arm, base: Figures | None) -> Figures:
-        """Both judges' figures of one arm; ``base`` is the other arm, to which the balance is relative."""
-        from src.evaluation.likeness import consistency
+    def judge(self, arms: Sequence[Arm]) -> list[Figures]:
+        """Both judges' figures of the arm without the adapter, and of the one with it. Raises UserError."""
+        judges = self._load()
+        base = self._judge(judges, arms[0], None)
+        return [base, self._judge(judges, arms[1], base)]
+
+    def _judge(self, judges: Sequence[Any], arm: Arm, base: Figures | None) -> Figures:
+        """``base`` is the other arm, to which the balance is relative; it has the same prompts."""
+        from src.evaluation.likeness import consistency, say_cut
         from src.training.scores import Score, balance, faithfulness, fidelity, shows_subject, without_trigger
 
         texts = [shot.text for shot in arm.shots]
         shown = shows_subject(texts, self.trigger)
+        read = [without_trigger(text, self.trigger) for text in texts]
         likeness: list[list[float] | None] = []
         spread: list[float | None] = []
         clip_t = None
-        for judge, photos in zip((self._clip, self._dino), self._photos):
+        for judge, photos in zip(judges, self._photos):
             if judge is None:
                 likeness.append(None)
                 spread.append(None)
@@ -151,9 +160,10 @@ class _Jury:
             seen = self._see(arm.paths, judge.picture_features)
             likeness.append(fidelity(seen, photos).tolist())
             spread.append(consistency(seen[shown]))
-            if judge is self._clip:
-                words = judge.text_features([without_trigger(text, self.trigger) for text in texts])
-                clip_t = faithfulness(seen, words).tolist()
+            if judge is judges[0]:  # CLIP: DINO reads nothing
+                clip_t = faithfulness(seen, judge.text_features(read)).tolist()
+                if base is None:
+                    say_cut(judge, read, self._say)
         clip_i, dino = (_mean(values, shown) for values in likeness)
         score = Score(clip_i, _mean(clip_t))
         relative = None if base is None else balance(score, Score(base.clip_i, base.clip_t))

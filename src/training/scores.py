@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from src.model_files import EMBEDDED
-from src.model_source import cached_snapshot, user_cache
+from src.model_source import cached_snapshot, is_embedded, user_cache
 from src.training.history import History
 
 # The first that is on the disk. ViT-L/14 is what published figures use; the last is its small sibling.
@@ -166,17 +166,22 @@ def find_clip(model_id: str, cache: Path) -> Path | None:
 
     The embedded model draws what no photo shows; only the CLIP that learnt with it can judge that.
     """
-    if model_id == "embedded":
+    if is_embedded(model_id):
         return EMBEDDED / "clip" if has_both_towers(EMBEDDED / "clip") else None
-    known = [cached_snapshot(name, store) for name in KNOWN_CLIPS for store in (cache, user_cache())]
-    return next((folder for folder in [cache / "clip", *known] if folder is not None and has_both_towers(folder)), None)
+    return first_on_disk(cache / "clip", KNOWN_CLIPS, cache, has_both_towers)
+
+
+def first_on_disk(own: Path, names: Sequence[str], cache: Path, fits: Callable[[Path], bool]) -> Path | None:
+    """The first folder that fits: ``own``, then the models of these names in the two hub caches. None where none does."""
+    known = [cached_snapshot(name, store) for name in names for store in (cache, user_cache())]
+    return next((folder for folder in [own, *known] if folder is not None and fits(folder)), None)
 
 
 def load_clip(model_id: str, cache: Path, say: Callable[[str], None]) -> Clip | None:
     """The CLIP that ``find_clip`` finds; None, and a line that says why, where there is none that can be used."""
     folder = find_clip(model_id, cache)
     if folder is None:
-        hint = "" if model_id == "embedded" else f"; put one into {cache / 'clip'} for scores (such as {KNOWN_CLIPS[0]})"
+        hint = "" if is_embedded(model_id) else f"; put one into {cache / 'clip'} for scores (such as {KNOWN_CLIPS[0]})"
         say(f"scores  none: no CLIP with an image tower is on this disk{hint}")
         return None
     try:
