@@ -6,10 +6,10 @@ import json
 import math
 import os
 import signal
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import safetensors.torch
 import torch
@@ -17,14 +17,16 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
 from src import files, finetune
+from src.buckets import place
 from src.config import AppConfig
-from src.dataset import read_dataset
+from src.dataset import Example, load_picture, read_dataset
 from src.errors import ExitCode
 from src.finetune_config import FinetuneConfig
 from src.generator import TextToImageGenerator
+from src.prepared_folder import Origin
 from src.training.batches import Feeder, versions_of
 from src.training.latent_cache import Latents
-from src.training.text_cache import Text
+from src.training.text_cache import Text, time_ids
 from tests import original_layout
 from tests.tiny import finetuning, training
 from tests.tiny.faults import in_child
@@ -238,9 +240,36 @@ def test_versions_are_encoded_once_and_all_are_learnt(data: Path, models: dict[s
     for index in range(60):
         feeder.batch(index)
     assert len(set(asked)) == 1 + 4 * 2
-    example = versions_of(replace(found.train[0], crop_top_left=(2, 0)), train)[1]
-    cut = example.version
-    assert example.crop_top_left[0] == round((2 + 64 * (1 - cut.kept) * cut.top) / cut.kept)
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["wide", "tall"])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_sdxl_is_told_where_the_cut_of_a_version_lies(turned: bool, prepared: bool, tmp_path: Path) -> None:
+    """Read from the pixels: each one's red is its place in the original, and a line through a row begins at the cut.
+
+    The picture is 120 long, trained in a square of 64; prepared: it is the middle part of an original of 190.
+    """
+    before, long_px = (30, 190) if prepared else (0, 120)
+    row = bytes(value for place in range(before, before + 120) for value in (place, 0, 0))
+    image = Image.frombytes("RGB", (120, 1), row).resize((120, 64))
+    turn = (lambda pair: (pair[1], pair[0])) if turned else (lambda pair: pair)
+    path = tmp_path / "a.png"
+    (image.transpose(Image.Transpose.TRANSPOSE) if turned else image).save(path)
+    origin = Origin(turn((120, 64)), turn((long_px, 64)), turn((float(before), 0.0)), 1.0, 1) if prepared else None
+    whole = Example(path, ("",), **place(turn((120, 64)), [(64, 64)], origin), sha256="0" * 64)
+    shares = []
+    for example in versions_of(whole, FinetuneConfig(crop=0.4, versions=9)):
+        kept = example.version.kept if example.version else 1.0
+        shares.append(kept)
+        for mirrored in (False, True):
+            top, left = time_ids(example, mirrored)[2:4].tolist()
+            picture = load_picture(example, mirrored)
+            seen = numpy.asarray(picture.transpose(Image.Transpose.TRANSPOSE) if turned else picture)[32, 8:-8, 0]
+            slope, start = numpy.polyfit(numpy.arange(8, 56) + 0.5, seen + 0.5, 1)
+            assert abs(slope) == pytest.approx(kept, abs=0.02)
+            corner = start if slope > 0 else long_px - start
+            assert (top if turned else left) == pytest.approx(corner / kept, abs=2.5)  # cut at whole pixels, and enlarged
+    assert min(shares) < 0.75
 
 
 def test_held_out_pictures_are_judged_at_fixed_noise_and_not_too_many(models: dict[str, Path], tmp_path: Path, capsys) -> None:
