@@ -28,7 +28,7 @@ from src.training.batches import Feeder, versions_of
 from src.training.latent_cache import Latents
 from src.training.text_cache import Text, time_ids
 from tests import original_layout
-from tests.tiny import finetuning, training
+from tests.tiny import finetuning, pipelines, training
 from tests.tiny.faults import in_child
 
 # What each part holds, by the names of diffusers' modules; written down a second time, by hand.
@@ -118,12 +118,34 @@ def test_the_model_is_loaded_by_diffusers_and_by_the_generator(
     assert finetuning.run(data, final, tmp_path / "again", "--max_steps", "1", "--train", "mid", "--no-samples") == 0
 
 
-def test_a_single_file_becomes_a_model_folder(data: Path, models: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_base_of_finer_numbers_is_rounded_and_that_is_said_once(
+    dtype: torch.dtype, data: Path, tmp_path: Path, capsys
+) -> None:
+    """From its own numbers, and not from those of the bf16 that it is computed in."""
+    base = pipelines.save(pipelines.sd1().to(dtype), tmp_path / "base")
+    tensors = finetuning.unet(base)
+    tensors["conv_in.bias"] = torch.full_like(tensors["conv_in.bias"], 1e-7)  # among fp16's last steps, of 6e-8
+    safetensors.torch.save_file(tensors, base / finetuning.UNET, {"format": "pt"})
+    settings = ("--max_steps", "1", "--train", "mid", "--mixed_precision", "bf16", "--no-samples", "--validation_every", "2")
+    assert finetuning.run(data, base, tmp_path / "out", *settings) == 0
+    said = capsys.readouterr().err
+    assert said.count("the unet is stored finer than fp16; what did not learn is saved rounded to fp16") == 1
+    assert said.count("the vae is stored finer than fp16") == 1
+    after = finetuning.unet(tmp_path / "out" / "final")
+    assert (tmp_path / "out" / "best").is_dir()
+    kept = [name for name in after if not name.startswith("mid_block.")]
+    assert all(torch.equal(tensors[name].half(), after[name]) for name in kept)
+    assert not torch.equal(tensors["conv_in.bias"], after["conv_in.bias"].to(dtype))
+
+
+def test_a_single_file_becomes_a_model_folder(data: Path, models: dict[str, Path], tmp_path: Path, capsys) -> None:
     """What did not learn is read again from the original layout, and has its very bits."""
     base = StableDiffusionPipeline.from_pretrained(models["sd1"], torch_dtype=torch.float16)
     file = original_layout.write(tmp_path / "tiny.safetensors", base)
     settings = ("--set", f"model.architecture={models['sd1']}", "--max_steps", "1", "--train", "mid", "--mixed_precision", "bf16", "--no-samples")  # fmt: skip
     assert finetuning.run(data, file, tmp_path / "out", *settings) == 0
+    assert "finer than fp16" not in capsys.readouterr().err
     before, after = finetuning.unet(models["sd1"]), finetuning.unet(tmp_path / "out" / "final")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before if not name.startswith("mid_block."))
@@ -304,6 +326,17 @@ def test_a_mistake_is_one_line(
 ) -> None:
     assert finetuning.run(data, models["sd1"], tmp_path / "out", "--max_steps", "1", *arguments) == code
     assert expected in last_error(capsys)
+
+
+def test_a_part_that_is_not_there_is_refused_before_the_pictures_are_read(
+    models: dict[str, Path], tmp_path: Path, capsys
+) -> None:
+    base = finetuning.copy(models["sd1"], tmp_path / "base")
+    config = base / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"mid_block_type": None}))
+    (tmp_path / "empty").mkdir()
+    assert finetuning.run(tmp_path / "empty", base, tmp_path / "out", "--max_steps", "1", "--train", "mid") == ExitCode.USAGE
+    assert "--train mid: this U-Net has no such part" in last_error(capsys)
 
 
 def test_a_folder_with_a_model_or_another_training_is_not_written_over(
