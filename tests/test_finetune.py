@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -262,6 +263,17 @@ def test_versions_are_encoded_once_and_all_are_learnt(data: Path, models: dict[s
     for index in range(60):
         feeder.batch(index)
     assert len(set(asked)) == 1 + 4 * 2
+
+
+def test_a_batch_tells_of_mirrored_pictures_that_they_are(data: Path) -> None:
+    found = read_dataset(data, training.SIZE_PX, step_px=16, buckets=False, validation_every=0)
+    found = replace(found, train=tuple(replace(item, crop_right=7) for item in found.train))
+    zeros = torch.zeros(4, 8, 8)
+    latents = SimpleNamespace(get=lambda example, flip: Latents(zeros + flip, zeros))  # a mirrored one is all ones
+    texts = SimpleNamespace(chunks=lambda caption: 1, get=lambda caption, chunks: Text(torch.zeros(77, 32)))
+    feeder = Feeder(found, (), latents, texts, FinetuneConfig(flip=True), timestep_count=1000, is_sdxl=True)
+    batches = [feeder.batch(index) for index in range(20)]
+    assert {(batch.latents[0, 0, 0, 0].item(), batch.time_ids[0, 3].item()) for batch in batches} == {(0, 0), (1, 7)}
 
 
 @pytest.mark.parametrize("turned", [False, True], ids=["wide", "tall"])
