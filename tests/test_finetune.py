@@ -271,7 +271,7 @@ def test_a_batch_tells_of_mirrored_pictures_that_they_are(data: Path) -> None:
     zeros = torch.zeros(4, 8, 8)
     latents = SimpleNamespace(get=lambda example, flip: Latents(zeros + flip, zeros))  # a mirrored one is all ones
     texts = SimpleNamespace(chunks=lambda caption: 1, get=lambda caption, chunks: Text(torch.zeros(77, 32)))
-    feeder = Feeder(found, (), latents, texts, FinetuneConfig(flip=True), timestep_count=1000, is_sdxl=True)
+    feeder = Feeder(found, (), latents, texts, FinetuneConfig(flip=True, versions=1), timestep_count=1000, is_sdxl=True)
     batches = [feeder.batch(index) for index in range(20)]
     assert {(batch.latents[0, 0, 0, 0].item(), batch.time_ids[0, 3].item()) for batch in batches} == {(0, 0), (1, 7)}
 
