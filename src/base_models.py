@@ -130,6 +130,20 @@ def unet_tensors(model: LoadedModel, dtype: torch.dtype) -> dict[str, torch.Tens
     return model_weights.renamed(tensors, unet.state_dict())
 
 
+def unet_is_finer_than_fp16(model: LoadedModel) -> bool:
+    """Whether numbers of the U-Net are stored in a type that fp16 does not hold. Raises UserError (refused)."""
+    path = model.weights_path
+    is_single_file = path.parent != model.config_folder / "unet"
+    files = [path] if is_single_file else _weight_files(path.parent, "unet", model.dtype)
+    kinds = {
+        info.dtype
+        for file in files
+        for name, info in read_header(file).tensors.items()
+        if not is_single_file or name.startswith(_NETWORKS[0])
+    }
+    return bool(kinds & {"BF16", "F32", "F64"})
+
+
 def pick_device(name: str) -> torch.device:
     """``auto`` -> the first of cuda, mps and cpu that torch finds. Raises UserError (usage) for one that is not there."""
     check_machine(ModelConfig(device=name))

@@ -100,14 +100,16 @@ def read_caption_table(table: Path, folder: Path, pictures: Sequence[Path]) -> t
     A caption a line, several lines a picture: ``image,caption`` (CSV) or ``image_name| comment_number| comment``, and such a
     first line.
 
-    A picture is named by its path from the folder or the table, or by its file name. Raises UserError (refused) for a file
-    that is no such table, or names none of the pictures.
+    A picture is named by its path from the folder or the table, or by its file name where no other picture has that. Raises
+    UserError (refused) for a file that is no such table, names none of the pictures, or may mean either of two.
     """
     problems: list[str] = []
     text = _read_text(table, MAX_METADATA_BYTES, problems)
     if problems:
         raise refused(f"captions cannot be read: {printable(problems[0])}; save them as UTF-8 text")
-    by_name = {_key(Path(picture.name)): picture for picture in pictures}
+    by_name: dict[str, list[Path]] = {}
+    for picture in pictures:
+        by_name.setdefault(_key(Path(picture.name)), []).append(picture)
     by_path = {_key(picture): picture for picture in pictures}
     found: dict[Path, list[str]] = {}
     strangers: set[str] = set()
@@ -117,7 +119,9 @@ def read_caption_table(table: Path, folder: Path, pictures: Sequence[Path]) -> t
             broken.append(line)
             continue
         paths = (_key(parent / name) for parent in (folder, table.parent))
-        picture = next((by_path[path] for path in paths if path in by_path), None) or by_name.get(_key(Path(Path(name).name)))
+        picture = next((by_path[path] for path in paths if path in by_path), None)
+        if picture is None and (named := by_name.get(_key(Path(Path(name).name)))):
+            picture = _only(named, name, table, line)
         found.setdefault(picture, []).append(caption) if picture else strangers.add(name)
     if not found:
         raise refused(f"{table}: names none of the pictures in {folder}; check --dataset_dir and --captions_file")
@@ -127,6 +131,15 @@ def read_caption_table(table: Path, folder: Path, pictures: Sequence[Path]) -> t
     if strangers:
         notes.append(f"{table.name} names pictures that are not there: {len(strangers)}, first {min(strangers)}")
     return {picture: _unique(captions) for picture, captions in found.items()}, list(map(printable, notes))
+
+
+def _only(pictures: Sequence[Path], name: str, table: Path, line: int) -> Path:
+    """The one picture of this file name; of several any might be meant."""
+    if len(pictures) > 1:
+        raise refused(
+            printable(f"{table}: line {line}: '{name}' may be {pictures[0]} or {pictures[1]}; write the path from the folder")
+        )
+    return pictures[0]
 
 
 def _table_rows(table: Path, text: str) -> Iterator[tuple[int, str, str]]:

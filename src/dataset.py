@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import random
 from collections import Counter, defaultdict
@@ -19,16 +18,17 @@ from pathlib import Path
 from PIL import Image
 
 from src.augmentation import Version, apply
+from src.buckets import bucket_sizes, enlargement, place
 from src.captions import read_caption_table, read_captions, repeats_of
 from src.errors import UserError, not_found, refused, usage_error
 from src.files import sha256_of
 from src.images import PICTURE_SUFFIXES, fit_to, picture_size, read_image, read_mask
-from src.prepared_folder import Origin, read_prepared
+from src.prepared_folder import read_prepared
 
 MASK_ENDING = "-masklabel"  # OneTrainer's convention: NAME-masklabel.png beside NAME.png
 VALIDATION_EVERY = 10  # by default, where there are that many
-MAX_ASPECT = 4.0  # of a bucket, as in kohya's trainer
 _KEY_BITS = 63
+_DERIVED_FIELDS = 3  # of `Example`, the last ones
 _PREPARE = "`python -m src.prepare_dataset` sorts such pictures out"
 
 
@@ -45,7 +45,10 @@ class Example:
     mask: Path | None = None
     weight: float = 1.0  # of its loss
     repeats: int = 1  # visits an epoch
+    # What follows from the above and the settings, and is no part of the data set's digest:
     version: Version | None = None  # None: the picture as it is
+    margin_top_left: tuple[float, float] = (0.0, 0.0)  # what the cut to the bucket itself takes of `crop_top_left`
+    crop_right: int = 0  # what is cut off at the right: the `left` of the mirrored picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,42 +106,33 @@ def read_dataset(
     examples = []
     for path in paths:
         origin = prepared.origins.get(path.relative_to(folder).as_posix())
-        size_px, original_px, crop_top_left = _placed(pictures_px[path], sizes_px, origin)
+        placed = place(pictures_px[path], sizes_px, origin)
         repeats = origin.repeats if origin else repeats_of(folder, path)
         examples.append(
             Example(
-                path, captions[path], size_px, original_px, crop_top_left, sha256_of(path), masks.get(path), weight, repeats
+                path, captions[path], **placed, sha256=sha256_of(path), mask=masks.get(path), weight=weight, repeats=repeats
             )
         )
     notes += _size_notes(examples, pictures_px)
-    every = (VALIDATION_EVERY if len(examples) >= VALIDATION_EVERY else 0) if validation_every is None else validation_every
-    if every and most_held_out:
-        every = max(every, -(-len(examples) // most_held_out))
-    held_out = set(range(every - 1, len(examples), every)) if every else set()
-    train = tuple(item for index, item in enumerate(examples) if index not in held_out)
-    judges = tuple(examples[index] for index in sorted(held_out))
+    train, judges = _held_out(examples, validation_every, most_held_out, notes)
     return Dataset(folder, train, judges, prepared.trigger, _digest(train, judges), tuple(notes))
 
 
-def bucket_sizes(resolution_px: int, step_px: int) -> list[tuple[int, int]]:
-    """The (width, height) that pictures are cut to: multiples of ``step_px``, at most ``resolution_px``^2 pixels, up to 4:1.
-
-    For each width the largest such height, and the same turned by 90 degrees. Raises UserError (usage) unless the
-    resolution is a multiple of the step.
-    """
-    if resolution_px % step_px:
-        low = resolution_px // step_px * step_px
-        nearest = f"{low} or {low + step_px}" if low else f"{step_px}"
-        raise usage_error(
-            f"resolution {resolution_px} with buckets must be a multiple of {step_px} for this model; "
-            f"use {nearest}, or --no-buckets"
-        )
-    sizes_px = set()
-    for width_px in range(step_px, resolution_px + 1, step_px):
-        height_px = resolution_px**2 // width_px // step_px * step_px
-        if height_px <= MAX_ASPECT * width_px:
-            sizes_px |= {(width_px, height_px), (height_px, width_px)}
-    return sorted(sizes_px)
+def _held_out(
+    examples: Sequence[Example], validation_every: int | None, most: int | None, notes: list[str]
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """(learnt, judging). A file that is there twice is always learnt: one that is known by heart judges nothing."""
+    copies = Counter(item.sha256 for item in examples)
+    single = [index for index, item in enumerate(examples) if copies[item.sha256] == 1]
+    asked = (VALIDATION_EVERY if len(examples) >= VALIDATION_EVERY else 0) if validation_every is None else validation_every
+    every = max(asked, -(-len(single) // most)) if asked and most else asked
+    held_out = set(single[every - 1 :: every]) if every else set()
+    if every and len(single) < len(examples):
+        notes.append(f"equal files are learnt and never held out: {len(examples) - len(single)} of {len(examples)}")
+    if validation_every and every > asked:
+        notes.append(f"one picture in {every} is held out and not one in {asked}, to be {most} at most (validation_pictures)")
+    train = tuple(item for index, item in enumerate(examples) if index not in held_out)
+    return train, tuple(examples[index] for index in sorted(held_out))
 
 
 def load_picture(example: Example, flip: bool = False) -> Image.Image:
@@ -212,28 +206,6 @@ def _picture_sizes(paths: Sequence[Path]) -> dict[Path, tuple[int, int]]:
     return sizes_px
 
 
-def _placed(
-    picture_px: tuple[int, int], sizes_px: Sequence[tuple[int, int]], origin: Origin | None
-) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-    """A picture's bucket (nearest in aspect ratio, then the largest), its original size, and where its cut begins: (top, left).
-
-    ``origin``: the cut that prepare_dataset made before, of which SDXL is told as if both were one.
-    """
-    aspect = math.log(picture_px[0] / picture_px[1])
-    size_px = min(sizes_px, key=lambda size: (abs(math.log(size[0] / size[1]) - aspect), -size[0] * size[1]))
-    scale = _scale(picture_px, size_px)
-    left_px, top_px = ((side * scale - kept) / 2 for side, kept in zip(picture_px, size_px))
-    if origin is None or origin.size_px != picture_px:  # or the prepared picture was cut by somebody else since
-        return size_px, picture_px, (round(top_px), round(left_px))
-    left_px, top_px = (own + before * origin.scale * scale for own, before in zip((left_px, top_px), origin.crop_left_top))
-    return size_px, origin.source_px, (round(top_px), round(left_px))
-
-
-def _scale(picture_px: tuple[int, int], size_px: tuple[int, int]) -> float:
-    """By how much a picture is enlarged to cover its bucket."""
-    return max(kept / side for side, kept in zip(picture_px, size_px))
-
-
 def _find_masks(paths: Sequence[Path], pictures_px: Mapping[Path, tuple[int, int]], notes: list[str]) -> dict[Path, Path]:
     """The mask of each picture that has one; it must have the picture's shape, or it would mark something else."""
     candidates = {path: path.with_name(f"{path.stem}{MASK_ENDING}.png") for path in paths}
@@ -253,7 +225,7 @@ def _find_masks(paths: Sequence[Path], pictures_px: Mapping[Path, tuple[int, int
 def _size_notes(examples: Sequence[Example], pictures_px: Mapping[Path, tuple[int, int]]) -> list[str]:
     """How many pictures are enlarged, and which sizes are trained."""
     notes = []
-    scales = {item.path: _scale(pictures_px[item.path], item.size_px) for item in examples}
+    scales = {item.path: enlargement(pictures_px[item.path], item.size_px) for item in examples}
     if enlarged := [path for path, scale in scales.items() if scale > 1]:
         worst = max(enlarged, key=lambda path: scales[path])
         width_px, height_px = pictures_px[worst]
@@ -269,9 +241,9 @@ def _size_notes(examples: Sequence[Example], pictures_px: Mapping[Path, tuple[in
 
 def _digest(train: Sequence[Example], held_out: Sequence[Example]) -> str:
     """SHA-256 of everything that a training sees of its pictures. File names are not part of it: they only order them.
-    Nor are versions, the last field: they are made of what the training's settings say."""
+    Nor is what follows from the other fields and the training's settings."""
     rows = [
-        (*astuple(replace(item, path=None, mask=None))[:-1], sha256_of(item.mask) if item.mask else None)
+        (*astuple(replace(item, path=None, mask=None))[:-_DERIVED_FIELDS], sha256_of(item.mask) if item.mask else None)
         for item in (*train, *held_out)
     ]
     return hashlib.sha256(json.dumps([len(train), rows]).encode()).hexdigest()

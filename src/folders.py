@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from src import files
 from src.errors import UserError, refused
 
 LOCK_NAME = ".lock"
+LOOK_EVERY_S = 0.1  # whether another process is done
 _LEFTOVER = re.compile(r"\.(tmp|old|del)-\d+-[0-9a-f]{8}-(.+)", re.DOTALL)
 _TAKEN = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}  # what the systems say of a lock that another process holds
 
@@ -120,18 +122,18 @@ def sweep(root: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(root: Path) -> Iterator[bool]:
+def locked(root: Path, waits: bool = False) -> Iterator[bool]:
     """Keep every other process from ``root`` for a while; yields False where the file system has no locks.
 
     The system drops the lock of a process that died, however it died. Raises UserError: refused, with the process id, if
-    another one holds it; failure when the disk says no.
+    another one holds it (unless this one ``waits`` for that); failure when the disk says no.
     """
     path = root / LOCK_NAME
     with files.named_errors(path, 0):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
     try:
         try:
-            _lock(descriptor)
+            _lock(descriptor, waits)
             alone = True
         except OSError as error:
             if error.errno in _TAKEN:
@@ -150,8 +152,15 @@ def locked(root: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _lock(descriptor: int) -> None:
-    """Take the lock without waiting, or raise OSError."""
+def _lock(descriptor: int, waits: bool) -> None:
+    """Take the lock, or raise OSError."""
+    while waits:
+        try:
+            return _lock(descriptor, waits=False)
+        except OSError as error:
+            if error.errno not in _TAKEN:
+                raise
+            time.sleep(LOOK_EVERY_S)  # and not a lock that waits, which Ctrl-C cannot end everywhere
     if os.name == "nt":
         import msvcrt
 

@@ -17,6 +17,7 @@ from PIL import Image
 from src import folders
 from src.errors import refused, usage_error
 from src.files import Stream
+from src.images import PICTURE_SUFFIXES
 
 MARKS = ("dataset_dict.json", "state.json")  # of several splits, of one
 CAPTION_COLUMNS = ("captions", "caption", "text", "sentences", "sentence")
@@ -35,9 +36,10 @@ def unpacked(folder: Path, cache: Path, say: Callable[[str], None]) -> Path:
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in states)).hexdigest()
     target = cache / "datasets" / digest[:32]
     if not target.is_dir():
-        rows, captions = _load(folder)
-        folders.make_folder(target.parent)
-        folders.publish_folder(target, _contents(rows, captions, folder))
+        with folders.locked(folders.make_folder(target.parent), waits=True):  # each process of a run comes here
+            if not target.is_dir():
+                rows, captions = _load(folder)
+                folders.publish_folder(target, _contents(rows, captions, folder))
     say(f"data    {folder} is a saved data set; its pictures are in {target}")
     return target
 
@@ -92,6 +94,10 @@ def _bytes(held: dict[str, Any]) -> bytes:
 def _suffix(data: bytes, folder: Path, number: int) -> str:
     try:
         with Image.open(io.BytesIO(data)) as picture:
-            return {"JPEG": "jpg"}.get(picture.format, str(picture.format).lower())
+            kind = str(picture.format)
     except Exception:  # a damaged picture raises anything
         raise refused(f"{folder}: row {number} holds no picture that can be read; leave it out of the data set") from None
+    suffix = {"JPEG": "jpg", "MPO": "jpg"}.get(kind, kind.lower())  # MPO: the JPEG of a phone, with a second picture in it
+    if f".{suffix}" not in PICTURE_SUFFIXES:  # else it would lie in the folder and nobody would read it
+        raise refused(f"{folder}: row {number} is a picture of the kind {kind}, which is not read here; save it as PNG")
+    return suffix

@@ -16,6 +16,7 @@ from src.errors import UserError, not_found, refused, usage_error
 from src.estimate import find_model
 from src.saved_datasets import unpacked
 from src.train_config import DEFAULT_STEPS, TrainRun
+from src.unet_parts import part_numbers
 
 Run = TypeVar("Run", bound=TrainRun)
 
@@ -157,6 +158,8 @@ def read_early(run: TrainRun, say: Callable[[str], None]) -> Dataset | None:
     if source.path is None:
         return None
     shapes = find_model(run.app_config())[1]
+    if run.train.part is not None and not part_numbers(shapes, run.train.part):
+        raise usage_error(f"--train {run.train.part}: this U-Net has no such part; choose another")
     levels = len(shapes.unet["block_out_channels"]) - 1
     return read_pictures(run, run.train.resolution or shapes.native_px, shapes.latent_scale * 2**levels, say)
 

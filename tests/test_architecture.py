@@ -12,7 +12,7 @@ SOURCES = sorted((ROOT / "src").rglob("*.py"))
 # A file imports only files above it in this list; so no circle can exist. Up to the line nothing imports torch.
 LIGHT = [
     "version", "errors", "config", "train_config", "finetune_config", "strict_yaml", "quiet", "files", "folders", "checkpoints", "processes", "devices",
-    "tensor_files", "images", "prompts", "captions", "prepared_folder", "augmentation", "dataset", "recipe_dialects", "recipe", "jobs", "schedulers",
+    "tensor_files", "images", "prompts", "captions", "prepared_folder", "buckets", "augmentation", "dataset", "recipe_dialects", "recipe", "jobs", "schedulers",
     "request", "named_files", "model_files", "model_shapes", "unet_weights", "memory_prediction", "memory_plan", "plan_report",
     "measured_peaks", "model_source", "downloads", "estimate", "terminal",
     "doors", "session", "flags", "arguments", "orders", "recipe_orders", "unet_parts", "training_memory", "saved_datasets", "training_start", "train_arguments", "finetune_arguments", "lean_imports",

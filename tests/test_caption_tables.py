@@ -45,6 +45,21 @@ def test_an_unquoted_comma_belongs_to_the_caption(tmp_path: Path) -> None:
     assert read(tmp_path / "data")[0] == {"0000.png": ("a fox, a hare and a cat",)}
 
 
+def test_a_name_that_two_pictures_have_needs_its_folder(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        training.photos(tmp_path / "data" / split, 1)
+    table = tmp_path / "data" / "captions.csv"
+    table.write_text("image,caption\ntrain/0000.png,a fox\nval/0000.png,a hare\n")
+    pictures = sorted((tmp_path / "data").rglob("*.png"))
+    found, _ = read_caption_table(table, tmp_path / "data", pictures)
+    assert {path.parent.name: texts for path, texts in found.items()} == {"train": ("a fox",), "val": ("a hare",)}
+    table.write_text("image,caption\ntrain/0000.png,a fox\n0000.png,a hare\n")
+    with pytest.raises(UserError, match=r"line 3: '0000.png' may be .*train.* or .*val") as caught:
+        read_caption_table(table, tmp_path / "data", pictures)
+    assert caught.value.exit_code == ExitCode.REFUSED
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from src import dataset, prepare_dataset
-from src.dataset import Order, bucket_sizes, load_mask, load_picture, read_dataset
+from src.buckets import bucket_sizes
+from src.dataset import Order, load_mask, load_picture, read_dataset
 from src.errors import ExitCode, UserError
 from src.images import read_image
 
@@ -272,10 +273,32 @@ def test_masks_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
 )
 def test_every_nth_picture_is_held_out(tmp_path: Path, count: int, every: int | None, held_out: list[int]) -> None:
     for index in range(count):
-        picture(tmp_path / f"{index:02}.png")
+        picture(tmp_path / f"{index:02}.png", (64 + index, 64))
     found = read(tmp_path, validation_every=every)
     assert [int(item.path.stem) for item in found.held_out] == held_out
     assert [int(item.path.stem) for item in found.train] == [index for index in range(count) if index not in held_out]
+
+
+def test_a_file_that_is_there_twice_is_not_held_out(tmp_path: Path) -> None:
+    """Of 1 2 2 3 4 every second one that is there once; and where there is no such, none."""
+    for name, width in {"a": 1, "b": 2, "c": 2, "d": 3, "e": 4}.items():
+        picture(tmp_path / f"{name}.png", (64 + width, 64))
+    found = read(tmp_path, validation_every=2)
+    assert [item.path.stem for item in found.held_out] == ["d"]
+    assert [item.path.stem for item in found.train] == ["a", "b", "c", "e"]
+    assert "equal files are learnt and never held out: 2 of 5" in found.notes
+    for name in "ade":
+        (tmp_path / f"{name}.png").unlink()
+    assert read(tmp_path, validation_every=2).held_out == ()
+
+
+def test_holding_out_fewer_than_was_asked_for_is_said(tmp_path: Path) -> None:
+    for index in range(6):
+        picture(tmp_path / f"{index}.png", (64 + index, 64))
+    found = read(tmp_path, validation_every=2, most_held_out=2)
+    assert [item.path.stem for item in found.held_out] == ["2", "5"]
+    assert "one picture in 3 is held out and not one in 2" in found.notes[-1]
+    assert not [note for note in read(tmp_path, validation_every=2, most_held_out=3).notes if "held out" in note]
 
 
 def test_all_pictures_are_never_held_out(tmp_path: Path) -> None:

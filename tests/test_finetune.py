@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import safetensors.torch
 import torch
@@ -17,16 +18,18 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
 from src import files, finetune
+from src.buckets import place
 from src.config import AppConfig
-from src.dataset import read_dataset
+from src.dataset import Example, load_picture, read_dataset
 from src.errors import ExitCode
 from src.finetune_config import FinetuneConfig
 from src.generator import TextToImageGenerator
+from src.prepared_folder import Origin
 from src.training.batches import Feeder, versions_of
 from src.training.latent_cache import Latents
-from src.training.text_cache import Text
+from src.training.text_cache import Text, time_ids
 from tests import original_layout
-from tests.tiny import finetuning, training
+from tests.tiny import finetuning, pipelines, training
 from tests.tiny.faults import in_child
 
 # What each part holds, by the names of diffusers' modules; written down a second time, by hand.
@@ -116,12 +119,34 @@ def test_the_model_is_loaded_by_diffusers_and_by_the_generator(
     assert finetuning.run(data, final, tmp_path / "again", "--max_steps", "1", "--train", "mid", "--no-samples") == 0
 
 
-def test_a_single_file_becomes_a_model_folder(data: Path, models: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_base_of_finer_numbers_is_rounded_and_that_is_said_once(
+    dtype: torch.dtype, data: Path, tmp_path: Path, capsys
+) -> None:
+    """From its own numbers, and not from those of the bf16 that it is computed in."""
+    base = pipelines.save(pipelines.sd1().to(dtype), tmp_path / "base")
+    tensors = finetuning.unet(base)
+    tensors["conv_in.bias"] = torch.full_like(tensors["conv_in.bias"], 1e-7)  # among fp16's last steps, of 6e-8
+    safetensors.torch.save_file(tensors, base / finetuning.UNET, {"format": "pt"})
+    settings = ("--max_steps", "1", "--train", "mid", "--mixed_precision", "bf16", "--no-samples", "--validation_every", "2")
+    assert finetuning.run(data, base, tmp_path / "out", *settings) == 0
+    said = capsys.readouterr().err
+    assert said.count("the unet is stored finer than fp16; what did not learn is saved rounded to fp16") == 1
+    assert said.count("the vae is stored finer than fp16") == 1
+    after = finetuning.unet(tmp_path / "out" / "final")
+    assert (tmp_path / "out" / "best").is_dir()
+    kept = [name for name in after if not name.startswith("mid_block.")]
+    assert all(torch.equal(tensors[name].half(), after[name]) for name in kept)
+    assert not torch.equal(tensors["conv_in.bias"], after["conv_in.bias"].to(dtype))
+
+
+def test_a_single_file_becomes_a_model_folder(data: Path, models: dict[str, Path], tmp_path: Path, capsys) -> None:
     """What did not learn is read again from the original layout, and has its very bits."""
     base = StableDiffusionPipeline.from_pretrained(models["sd1"], torch_dtype=torch.float16)
     file = original_layout.write(tmp_path / "tiny.safetensors", base)
     settings = ("--set", f"model.architecture={models['sd1']}", "--max_steps", "1", "--train", "mid", "--mixed_precision", "bf16", "--no-samples")  # fmt: skip
     assert finetuning.run(data, file, tmp_path / "out", *settings) == 0
+    assert "finer than fp16" not in capsys.readouterr().err
     before, after = finetuning.unet(models["sd1"]), finetuning.unet(tmp_path / "out" / "final")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before if not name.startswith("mid_block."))
@@ -238,9 +263,47 @@ def test_versions_are_encoded_once_and_all_are_learnt(data: Path, models: dict[s
     for index in range(60):
         feeder.batch(index)
     assert len(set(asked)) == 1 + 4 * 2
-    example = versions_of(replace(found.train[0], crop_top_left=(2, 0)), train)[1]
-    cut = example.version
-    assert example.crop_top_left[0] == round((2 + 64 * (1 - cut.kept) * cut.top) / cut.kept)
+
+
+def test_a_batch_tells_of_mirrored_pictures_that_they_are(data: Path) -> None:
+    found = read_dataset(data, training.SIZE_PX, step_px=16, buckets=False, validation_every=0)
+    found = replace(found, train=tuple(replace(item, crop_right=7) for item in found.train))
+    zeros = torch.zeros(4, 8, 8)
+    latents = SimpleNamespace(get=lambda example, flip: Latents(zeros + flip, zeros))  # a mirrored one is all ones
+    texts = SimpleNamespace(chunks=lambda caption: 1, get=lambda caption, chunks: Text(torch.zeros(77, 32)))
+    feeder = Feeder(found, (), latents, texts, FinetuneConfig(flip=True, versions=1), timestep_count=1000, is_sdxl=True)
+    batches = [feeder.batch(index) for index in range(20)]
+    assert {(batch.latents[0, 0, 0, 0].item(), batch.time_ids[0, 3].item()) for batch in batches} == {(0, 0), (1, 7)}
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["wide", "tall"])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_sdxl_is_told_where_the_cut_of_a_version_lies(turned: bool, prepared: bool, tmp_path: Path) -> None:
+    """Read from the pixels: each one's red is its place in the original, and a line through a row begins at the cut.
+
+    The picture is 120 long, trained in a square of 64; prepared: it is the middle part of an original of 190.
+    """
+    before, long_px = (30, 190) if prepared else (0, 120)
+    row = bytes(value for place in range(before, before + 120) for value in (place, 0, 0))
+    image = Image.frombytes("RGB", (120, 1), row).resize((120, 64))
+    turn = (lambda pair: (pair[1], pair[0])) if turned else (lambda pair: pair)
+    path = tmp_path / "a.png"
+    (image.transpose(Image.Transpose.TRANSPOSE) if turned else image).save(path)
+    origin = Origin(turn((120, 64)), turn((long_px, 64)), turn((float(before), 0.0)), 1.0, 1) if prepared else None
+    whole = Example(path, ("",), **place(turn((120, 64)), [(64, 64)], origin), sha256="0" * 64)
+    shares = []
+    for example in versions_of(whole, FinetuneConfig(crop=0.4, versions=9)):
+        kept = example.version.kept if example.version else 1.0
+        shares.append(kept)
+        for mirrored in (False, True):
+            top, left = time_ids(example, mirrored)[2:4].tolist()
+            picture = load_picture(example, mirrored)
+            seen = numpy.asarray(picture.transpose(Image.Transpose.TRANSPOSE) if turned else picture)[32, 8:-8, 0]
+            slope, start = numpy.polyfit(numpy.arange(8, 56) + 0.5, seen + 0.5, 1)
+            assert abs(slope) == pytest.approx(kept, abs=0.02)
+            corner = start if slope > 0 else long_px - start
+            assert (top if turned else left) == pytest.approx(corner / kept, abs=2.5)  # cut at whole pixels, and enlarged
+    assert min(shares) < 0.75
 
 
 def test_held_out_pictures_are_judged_at_fixed_noise_and_not_too_many(models: dict[str, Path], tmp_path: Path, capsys) -> None:
@@ -275,6 +338,17 @@ def test_a_mistake_is_one_line(
 ) -> None:
     assert finetuning.run(data, models["sd1"], tmp_path / "out", "--max_steps", "1", *arguments) == code
     assert expected in last_error(capsys)
+
+
+def test_a_part_that_is_not_there_is_refused_before_the_pictures_are_read(
+    models: dict[str, Path], tmp_path: Path, capsys
+) -> None:
+    base = finetuning.copy(models["sd1"], tmp_path / "base")
+    config = base / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"mid_block_type": None}))
+    (tmp_path / "empty").mkdir()
+    assert finetuning.run(tmp_path / "empty", base, tmp_path / "out", "--max_steps", "1", "--train", "mid") == ExitCode.USAGE
+    assert "--train mid: this U-Net has no such part" in last_error(capsys)
 
 
 def test_a_folder_with_a_model_or_another_training_is_not_written_over(

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from src import folders
+from src.dataset import read_dataset
 from src.errors import UserError
 from src.saved_datasets import unpacked
 from tests.tiny import training
@@ -35,6 +40,41 @@ def test_pictures_and_captions_come_out_as_they_went_in(saved: Path, tmp_path: P
     assert [path.stat().st_mtime_ns for path in folder.iterdir()] == stamps
     assert len(said) == 2
     assert unpacked(saved / "test", tmp_path / "cache", said.append).is_dir()  # one split alone
+
+
+def test_a_phones_jpeg_is_one_and_what_is_not_read_here_is_refused(tmp_path: Path) -> None:
+    """Pillow calls a JPEG with a second picture in it MPO; and an ICO opens, but no folder of pictures is read with it."""
+    picture, other = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
+
+    def saved(name: str, **options: object) -> Path:
+        picture.save(tmp_path / f"a.{name}", **options)
+        rows = {"image": [str(tmp_path / f"a.{name}")], "caption": ["a dog"]}
+        data = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+        data.save_to_disk(str(tmp_path / name))
+        return tmp_path / name
+
+    folder = unpacked(saved("mpo", save_all=True, append_images=[other]), tmp_path / "cache", print)
+    found = read_dataset(folder, 64, step_px=16, buckets=False, validation_every=0)
+    assert [item.captions for item in found.train] == [("a dog",)]
+    with pytest.raises(UserError, match="row 0 is a picture of the kind ICO"):
+        unpacked(saved("ico"), tmp_path / "cache", print)
+
+
+def test_processes_of_one_run_unpack_once(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second waits for the first. Threads stand for processes: a lock is of the opened file, whoever opened it."""
+    calls = []
+    real = folders.publish_folder
+
+    def slow(*arguments: object) -> Path:
+        calls.append(arguments[0])
+        time.sleep(0.3)
+        return real(*arguments)
+
+    monkeypatch.setattr(folders, "publish_folder", slow)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: unpacked(saved, tmp_path / "cache", lambda line: None), range(3)))
+    assert len(calls) == 1
+    assert set(found) == {calls[0]}
 
 
 def test_a_folder_of_pictures_is_left_alone(tmp_path: Path) -> None:

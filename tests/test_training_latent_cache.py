@@ -1,5 +1,6 @@
 """Cached latents against the VAE called by hand; what makes a new entry; what is never used."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,18 @@ def test_latents_are_the_vaes_mean_and_deviation(tmp_path: Path, examples, with_
                 assert latents.mean.dtype == latents.std.dtype == torch.float32
                 assert latents.mean.shape == (4, example.size_px[1] // 8, example.size_px[0] // 8)
     assert watched.said == []
+
+
+def test_a_full_disk_is_refused_before_anything_is_encoded(tmp_path: Path, vae, examples, monkeypatch) -> None:
+    """Mean and deviation of 4 channels in 4 bytes at each eighth pixel, of each picture and its mirror image."""
+    needed = sum(2 * 4 * 4 * (item.size_px[0] // 8) * (item.size_px[1] // 8) for item in examples) * 2
+    watched = Watched(vae, tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: (2**30, 2**30, needed - 1))
+    with pytest.raises(UserError, match=f"{needed:,} bytes are needed"):
+        watched.encode(examples, flip=True)
+    assert watched.progress == [(0, 6)]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: (2**30, 2**30, needed))
+    assert watched.encode(examples, flip=True) == 6
 
 
 def test_a_sample_is_the_vaes_own_with_the_same_noise(tmp_path: Path, vae, examples) -> None:

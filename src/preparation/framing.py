@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from src.dataset import bucket_sizes
+from src.buckets import bucket_sizes
 from src.errors import usage_error
 from src.preparation.settings import BUCKET_STEP_PX, PrepareConfig
 

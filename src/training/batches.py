@@ -78,9 +78,19 @@ def versions_of(example: Example, train: LoopConfig) -> tuple[Example, ...]:
 
 
 def _in_version(example: Example, version: augmentation.Version) -> Example:
-    shares = zip(example.crop_top_left, (version.top, version.left), example.size_px[::-1])
-    top_left = tuple(round((before + (1 - version.kept) * share * side) / version.kept) for before, share, side in shares)
-    return replace(example, version=version, crop_top_left=top_left)
+    """The version is cut out of the whole file, and enlarged; the cut to the bucket then takes its margin as before."""
+    (top, left), (margin_top, margin_left), (width, height) = example.crop_top_left, example.margin_top_left, example.size_px
+
+    def cut(before: float, margin: float, share: float, side: int) -> int:
+        earlier = before - margin  # what prepare_dataset had cut off
+        return round((earlier + (1 - version.kept) * share * (side + 2 * margin)) / version.kept + margin)
+
+    return replace(
+        example,
+        version=version,
+        crop_top_left=(cut(top, margin_top, version.top, height), cut(left, margin_left, version.left, width)),
+        crop_right=cut(example.crop_right, margin_left, 1 - version.left, width),
+    )
 
 
 class Trainee(nn.Module):
@@ -143,6 +153,7 @@ class Feeder:
         """The share of one process in the ``index``-th micro-batch of the run."""
         draws = self.order.batch(index)[process * self._batch_size : (process + 1) * self._batch_size]
         examples = [self._drawn(draw) for draw in draws]
+        seen = [time_ids(example, draw.flip) for example, draw in zip(examples, draws)] if self._is_sdxl else []
         chunks = max(self._chunks[draw.example] for draw in draws)
         captions = tuple("" if draw.caption < 0 else example.captions[draw.caption] for draw, example in zip(draws, examples))
         texts = [] if self._live_text else [self._texts.get(caption, chunks) for caption in captions]
@@ -156,7 +167,7 @@ class Feeder:
             mask=self._mask(draws) if self._train.masked_loss else None,
             tokens=torch.stack([text.tokens for text in texts]) if texts else None,
             pooled=torch.stack([text.pooled for text in texts]) if texts and texts[0].pooled is not None else None,
-            time_ids=torch.stack([time_ids(example) for example in examples]) if self._is_sdxl else None,
+            time_ids=torch.stack(seen) if seen else None,
             captions=captions,
             chunks=chunks,
             preserved=self._preserved(draws),

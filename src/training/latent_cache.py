@@ -5,6 +5,7 @@ After this the VAE is not needed any more. Letters: h and w latent size (an eigh
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from src import denoising
 from src.dataset import Example, load_picture
 from src.errors import UserError, refused
 from src.files import sha256_of
+from src.folders import check_space
 from src.training.tensor_store import Tensors, TensorStore, key_of
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ class LatentCache:
     ) -> None:
         self._vae, self._vae_id, self._device, self._say = vae, vae_id, torch.device(device), say
         self._dtype = vae.dtype
-        self._store = TensorStore(folder, say)
+        self._folder, self._store = folder, TensorStore(folder, say)
         self._asked: list[Job] = []
 
     def encode(self, examples: Sequence[Example], flip: bool, on_progress: Callable[[int, int], None]) -> None:
@@ -57,7 +59,8 @@ class LatentCache:
         Where the VAE overflows in half precision, everything that was asked for is encoded in fp32: a data set is never
         of two precisions. ``on_progress`` is told how many of how many are done.
 
-        Raises UserError: a picture that is gone, changed or damaged; a VAE whose output is no number in fp32 either.
+        Raises UserError: a picture that is gone, changed or damaged; no room on the disk; a VAE whose output is no number in
+        fp32 either.
         """
         jobs = [(example, mirrored) for example in examples for mirrored in ((False, True) if flip else (False,))]
         self._asked += jobs
@@ -89,6 +92,8 @@ class LatentCache:
         on_progress(done, len(jobs))
         if not missing:
             return
+        needed_bytes = sum(2 * math.prod(self._shape(example)) * torch.float32.itemsize for example, _ in missing)
+        check_space(self._folder, needed_bytes)
         home = self._vae.device
         self._vae.to(self._device)
         try:
@@ -107,9 +112,7 @@ class LatentCache:
         return {"mean": mean[0].cpu(), "std": std[0].cpu()}
 
     def _read(self, job: Job) -> Tensors | None:
-        width_px, height_px = job[0].size_px
-        scale = 2 ** (len(self._vae.config.block_out_channels) - 1)
-        shape = (self._vae.config.latent_channels, height_px // scale, width_px // scale)
+        shape = self._shape(job[0])
 
         def is_right(tensors: Tensors) -> bool:
             return set(tensors) == {"mean", "std"} and all(
@@ -118,6 +121,11 @@ class LatentCache:
             )
 
         return self._store.read(self._key(job), is_right)
+
+    def _shape(self, example: Example) -> tuple[int, int, int]:
+        width_px, height_px = example.size_px
+        scale = 2 ** (len(self._vae.config.block_out_channels) - 1)
+        return self._vae.config.latent_channels, height_px // scale, width_px // scale
 
     def _key(self, job: Job) -> str:
         example, mirrored = job

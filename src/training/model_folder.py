@@ -23,7 +23,8 @@ CLIP_LEVEL = "text_model."
 def model_contents(model: LoadedModel, unet: Mapping[str, Tensor], say: Callable[[str], None]) -> dict[str, bytes | Stream]:
     """Every file of the folder, by name. ``unet``: the tensors of the U-Net; everything else is as it was loaded.
 
-    There is no safety checker in it. A component with numbers beyond the range of fp16 is kept in fp32, which is said.
+    There is no safety checker in it. A component with numbers beyond the range of fp16 is kept in fp32, and one with finer
+    numbers is rounded; both are said (of the U-Net by the caller, who knows what of it learnt).
     """
     pipeline = model.pipeline
     names = [
@@ -40,6 +41,8 @@ def model_contents(model: LoadedModel, unet: Mapping[str, Tensor], say: Callable
         if largest := next((key for key, item in tensors.items() if item.abs().max() > LARGEST_FP16), None):
             say(f"save    {name}.{largest} is beyond the range of fp16; the {name} is saved in fp32")
             dtype = torch.float32
+        elif name != "unet" and not all(torch.equal(item, item.half().to(item.dtype)) for item in tensors.values()):
+            say(f"save    the {name} is stored finer than fp16; it is saved rounded to fp16")
         contents[f"{name}/config.json"] = _config(part)
         contents[f"{name}/{WEIGHT_STEMS[name]}.safetensors"] = streamed(tensors, dtype)
     scheduler = json.loads(pipeline.scheduler.to_json_string()) | {

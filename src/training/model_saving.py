@@ -8,7 +8,7 @@ several times the model, so every file is written tensor by tensor.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ class ModelSaver:
     scaler: Any  # of fp16, or None
     run_facts: dict[str, Any]  # what a resume compares: dataset, model, versions
     say: Callable[[str], None]
+    said: set[str] = field(default_factory=set)
 
     def save(self, progress: Progress) -> Checkpoint:
         """Write ``checkpoint-<step>``. Raises UserError."""
@@ -67,12 +68,20 @@ class ModelSaver:
         return self._model(read_tensors(checkpoint.verified(name), torch.float16))
 
     def _model(self, learnt: dict[str, Tensor]) -> dict[str, bytes | Stream]:
-        """What did not learn is as it was on the disk, and not as it was rounded to be computed with."""
+        """What did not learn is rounded from the disk to fp16, and not from what it was rounded to to be computed with."""
         learnt = {name.removeprefix(PREFIX): tensor for name, tensor in learnt.items()}
         names = list(self.network.models["unet"].state_dict())
         frozen = {} if len(learnt) == len(names) else base_models.unet_tensors(self.model, torch.float16)
+        if frozen and base_models.unet_is_finer_than_fp16(self.model):
+            self._say_once("save    the unet is stored finer than fp16; what did not learn is saved rounded to fp16")
         tensors = {name: learnt[name] if name in learnt else frozen[name] for name in names}
-        return {"config.yaml": self._settings(), **model_contents(self.model, tensors, self.say)}
+        return {"config.yaml": self._settings(), **model_contents(self.model, tensors, self._say_once)}
+
+    def _say_once(self, line: str) -> None:
+        """``best/`` is made again and again."""
+        if line not in self.said:
+            self.said.add(line)
+            self.say(line)
 
     def _settings(self) -> bytes:
         return yaml.safe_dump(state.plain(self.run.to_dict()), sort_keys=False, allow_unicode=True).encode()

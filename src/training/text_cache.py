@@ -149,10 +149,13 @@ def _all_finite(tensors: Tensors) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
 
 
-def time_ids(example: Example) -> torch.Tensor:
+def time_ids(example: Example, mirrored: bool = False) -> torch.Tensor:
     """What SDXL is told of a picture (Podell et al. 2023, section 2.2): (6,) float32.
 
-    Its height and width as it was taken, top and left of its cut, and the height and width that are trained.
+    Its height and width as it was taken, top and left of its cut, and the height and width that are trained. Of a mirrored
+    picture, left is where the cut begins in the mirrored original.
     """
     (original_width, original_height), (width, height) = example.original_px, example.size_px
-    return torch.tensor([original_height, original_width, *example.crop_top_left, height, width], dtype=torch.float32)
+    top, left = example.crop_top_left
+    left = example.crop_right if mirrored else left
+    return torch.tensor([original_height, original_width, top, left, height, width], dtype=torch.float32)
