@@ -260,7 +260,7 @@ def _finish(drawn: _Drawn, folder: Path, say: Say) -> int:
 
     def read(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
         found = [read_image(drawn.path(seed - drawn.seed)) for seed in seeds]
-        pictures.extend(found)
+        pictures.extend(adherence_report.thumbnail(picture) for picture in found)
         bar.progress(len(pictures), "checking")
         return found
 

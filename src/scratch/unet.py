@@ -182,7 +182,7 @@ def examine(
     unet: UNet2DConditionModel, autoencoder: torch.nn.Module, work: Work, settings: ScratchSettings, device: torch.device,
     terminal: Terminal,
 ) -> dict[str, float]:  # fmt: skip
-    """The share of pictures that follow their prompts, skill by skill: half held-out prompts, half unseen combinations."""
+    """The share of pictures that follow their prompts: skill by skill of held-out ones, and of as many unseen combinations."""
     scenes = choose(settings.unet.examined, 0, "both")
     text, tokenizer = clip.read_text_tower(work).to(device), read_tokenizer(work)
     empty = clip.embed(text, tokenizer, [""], settings)
