@@ -116,6 +116,7 @@ def test_pictures_drawn_before_are_checked_as_they_are(tmp_path: Path, capsys: p
         (["--pictures", "nowhere"], ExitCode.NOT_FOUND, "nowhere"),
         (["--pictures", "nowhere", "--steps", "3"], ExitCode.USAGE, "leave out --steps"),
         (["--prove", "--steps", "3"], ExitCode.USAGE, "leave out --steps"),
+        (["--prove", "--count", "399"], ExitCode.USAGE, "take 400 or more"),
         (["--prove", "--pictures", "x"], ExitCode.USAGE, "leave out --pictures"),
     ],
 )

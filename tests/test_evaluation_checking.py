@@ -134,6 +134,9 @@ def test_a_landscape_is_judged_by_its_words() -> None:
     picture = drawing.draw(scene)
     ImageDraw.Draw(picture).ellipse((54, 20, 74, 40), fill=COLOURS["purple"])
     assert check(picture, scene).background is False
+    wall = drawing.draw(scene)
+    ImageDraw.Draw(wall).rectangle((2, 108, 24, 124), fill=COLOURS["blue"])  # without a roof
+    assert check(wall, scene).colours is False
     assert check(proof._second_house(scene, Random(0))(drawing.draw(scene)), scene).colours is False
     for changed, wrong in {"time": "background", "hills": "background", "trees": "count", "house": "colours"}.items():
         value = {"time": "at night", "hills": "white", "trees": 3, "house": "blue"}[changed]

@@ -90,6 +90,10 @@ def test_a_background_is_of_its_colour_and_not_only_nearest_to_it() -> None:
         assert not has(Image.new("RGB", (128, 128), shade), name)
     for off, is_right in ((segmenting.MAX_OFF - 2, True), (segmenting.MAX_OFF + 2, False)):
         assert has(Image.new("RGB", (128, 128), shade_off("white", (120, 160, 250), off)), "white") == is_right
+    for off, is_right in ((segmenting.MAX_STAINED - 2, True), (segmenting.MAX_STAINED + 2, False)):
+        stained = Image.new("RGB", (128, 128), COLOURS["white"])
+        stained.paste(shade_off("white", (120, 160, 250), off), (0, 100, 128, 128))  # a fifth: not the median, but plain to see
+        assert has(stained, "white") == is_right
     ramp = np.linspace(np.array([250, 250, 250]), np.array([150, 190, 250]), 128)[:, None].repeat(128, 1)
     assert not has(Image.fromarray(ramp.astype(np.uint8)), "white")
     truth = np.asarray(drawing.draw(Scene("one", "", (), Background("gradient", ("blue", "white")))), dtype=float)

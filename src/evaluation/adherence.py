@@ -291,6 +291,8 @@ def _prove(folder: Path, settings: AdherenceSettings, idle: list[str], has_count
         raise usage_error(f"--prove draws nothing; leave out {', '.join(idle)}")
     from src.evaluation import proof
 
+    if has_count and settings.count < proof.MIN_COUNT:
+        raise usage_error(f"--count {settings.count}: too few to prove anything; take {proof.MIN_COUNT} or more")
     result = proof.prove(settings.count if has_count else proof.COUNT, settings.seed, print)
     check_writable_folder(folder)
     path = publish_bytes(folder / "proof.json", (json.dumps({"version": VERSION, **result}, indent=1) + "\n").encode())
