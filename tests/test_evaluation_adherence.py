@@ -35,7 +35,7 @@ def test_truth_measures_as_one_and_other_pictures_as_nothing() -> None:
         return [drawing.draw(by_caption[prompt]) for prompt in prompts]
 
     scores = adherence.measure(truth, scenes, seed=7, batch_size=5)
-    assert scores.overall == skills.Share(24, 24)
+    assert scores.overall == skills.Share(12, 12) == scores.skills["unseen combinations"]
     assert [len(prompts) for prompts, _ in asked] == [5, 5, 5, 5, 4]
     assert [seed for _, seeds in asked for seed in seeds] == list(range(7, 31))
     assert adherence.measure(lambda prompts, seeds: [Image.new("RGB", (128, 128))] * len(prompts), scenes).overall.right == 0
@@ -45,7 +45,7 @@ def test_it_draws_checks_and_writes(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert adherence.run(fast(output=tmp_path), lambda line: None) == ExitCode.OK
     document = json.loads((tmp_path / "result.json").read_text())
     assert document["settings"] | {"model": "embedded", "count": 4, "steps": 2} == document["settings"]
-    assert document["skills"]["overall"]["count"] == 4
+    assert document["skills"]["overall"]["count"] == 2
     for index, item in enumerate(document["pictures"]):
         with Image.open(tmp_path / item["file"]) as picture:
             recipe = json.loads(picture.info["recipe"])
@@ -116,6 +116,7 @@ def test_pictures_drawn_before_are_checked_as_they_are(tmp_path: Path, capsys: p
         (["--pictures", "nowhere"], ExitCode.NOT_FOUND, "nowhere"),
         (["--pictures", "nowhere", "--steps", "3"], ExitCode.USAGE, "leave out --steps"),
         (["--prove", "--steps", "3"], ExitCode.USAGE, "leave out --steps"),
+        (["--prove", "--count", "399"], ExitCode.USAGE, "take 400 or more"),
         (["--prove", "--pictures", "x"], ExitCode.USAGE, "leave out --pictures"),
     ],
 )
@@ -133,13 +134,38 @@ def test_a_foreign_result_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_proof_prints_its_table_and_fails_out_of_bounds(tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(proof, "WEARS", {proof.AS_RENDERED: proof.WEARS[proof.AS_RENDERED]})
+    monkeypatch.setattr(proof, "WEARS", {name: proof.WEARS[name] for name in (proof.AS_RENDERED, proof.WORN)})
+    monkeypatch.setattr(proof, "MIN_COUNT", 30)
     adherence.run(options("--prove", "--count", "30", output=tmp_path), print)
     assert json.loads((tmp_path / "proof.json").read_text())["holds"] is True
     assert "wrong pairs" in capsys.readouterr().out
     monkeypatch.setattr(proof, "MIN_RIGHT", 1.1)
     with pytest.raises(UserError, match="not within its bounds"):
         adherence.run(options("--prove", "--count", "30", output=tmp_path), print)
+
+
+def test_a_proof_holds_only_of_enough_pictures_and_of_each_change() -> None:
+    share = skills.Share
+    right, worn = {"colour": share(0, 100), "size": share(3, 100)}, share(0, 100)
+    assert proof.is_refused(share(3, 1000), right, worn)
+    assert not proof.is_refused(share(3, 1000), {**right, "size": share(4, 100)}, worn)
+    assert not proof.is_refused(share(11, 1000), right, worn)
+    assert not proof.is_refused(share(3, 1000), right, share(2, 100))
+    assert proof.prove(1, 0, lambda line: None)["holds"] is False
+
+
+def test_the_verb_keeps_small_pictures_only(tmp_path: Path, monkeypatch) -> None:
+    scene = skills.choose(1, 0, "held-out")[0]
+    drawn = adherence._Drawn(tmp_path, {"settings": {"seed": 0, "model": "x"}}, [scene], print)
+    drawn.check_same()
+    drawing.draw(scene).resize((1024, 1024)).save(drawn.path(0))
+    kept: list[Image.Image] = []
+    page = adherence_report.page
+    monkeypatch.setattr(
+        adherence_report, "page", lambda scores, pictures, facts: (kept.extend(pictures), page(scores, pictures, facts))[1]
+    )
+    adherence.run(options("--pictures", str(tmp_path), output=tmp_path), print)
+    assert [picture.size for picture in kept] == [(128, 128)]
 
 
 def test_the_report_shows_right_and_wrong_with_the_reason() -> None:

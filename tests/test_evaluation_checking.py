@@ -98,6 +98,14 @@ def test_a_thing_seen_through_a_ring_is_not_counted() -> None:
     assert check(drawing.draw(scene), scene).all
 
 
+def test_a_thing_in_a_ring_of_its_colour_is_counted() -> None:
+    ring = one(shape="ring", radius=40.0)
+    assert check(drawing.draw(ring), ring).all
+    disc = Thing("circle", "red", 64, 64, 14, 0)
+    verdict = check(drawing.draw(replace(ring, things=(*ring.things, disc))), ring)
+    assert verdict.count is False
+
+
 def test_specks_and_soft_edges_are_no_things_but_a_third_thing_is() -> None:
     scene = pair("left of", LEFT, RIGHT)
     picture = drawing.draw(scene)
@@ -123,6 +131,13 @@ def test_a_landscape_is_judged_by_its_words() -> None:
     land = Landscape("red", 2, "green", "by day", 5)
     scene = Scene("landscape", "", landscape=land)
     assert check(drawing.draw(scene), scene) == Verdict(True, True, True)
+    picture = drawing.draw(scene)
+    ImageDraw.Draw(picture).ellipse((54, 20, 74, 40), fill=COLOURS["purple"])
+    assert check(picture, scene).background is False
+    wall = drawing.draw(scene)
+    ImageDraw.Draw(wall).rectangle((2, 108, 24, 124), fill=COLOURS["blue"])  # without a roof
+    assert check(wall, scene).colours is False
+    assert check(proof._second_house(scene, Random(0))(drawing.draw(scene)), scene).colours is False
     for changed, wrong in {"time": "background", "hills": "background", "trees": "count", "house": "colours"}.items():
         value = {"time": "at night", "hills": "white", "trees": 3, "house": "blue"}[changed]
         verdict = check(drawing.draw(replace(scene, landscape=replace(land, **{changed: value}))), scene)

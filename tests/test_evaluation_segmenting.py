@@ -9,7 +9,7 @@ from PIL import Image, ImageFilter
 from src.evaluation import segmenting
 from src.evaluation.segmenting import harden, lab, segment
 from src.scenes import drawing
-from src.scenes.grammar import GRADIENTS, PLAIN, STRIPES, Background, Scene, Thing
+from src.scenes.grammar import COLOURS, GRADIENTS, PLAIN, STRIPES, Background, Scene, Thing
 
 
 def test_cielab_has_the_published_values() -> None:
@@ -66,9 +66,44 @@ def test_what_is_thin_or_small_is_no_piece() -> None:
     assert len(segment(picture, Background("plain", ("white",))).pieces) == 1
 
 
+def shade_off(colour: str, other: tuple[int, int, int], off: float) -> tuple[int, ...]:
+    """The colour, moved so far in CIELAB towards another."""
+    start, end = np.array(COLOURS[colour], dtype=float), np.array(other, dtype=float)
+    shades = start + (end - start) * np.linspace(0, 1, 400)[:, None]
+    away = np.linalg.norm(lab(shades) - lab(start), axis=1)
+    return tuple(int(level) for level in shades[np.abs(away - off).argmin()].round())
+
+
 def test_a_muddy_colour_is_not_clear() -> None:
+    for off, is_clear in ((segmenting.MAX_DISTANCE - 2, True), (segmenting.MAX_DISTANCE + 2, False)):
+        picture = Image.new("RGB", (128, 128), (250, 250, 250))
+        picture.paste(shade_off("green", (60, 255, 0), off), (40, 40, 80, 80))
+        (piece,) = segment(picture, Background("plain", ("white",))).pieces
+        assert (piece.colour, piece.is_clear) == ("green", is_clear)
+
+
+def test_a_background_is_of_its_colour_and_not_only_nearest_to_it() -> None:
+    def has(picture: Image.Image, *colours: str) -> bool:
+        return segment(picture, Background("plain" if len(colours) == 1 else "gradient", colours)).has_background
+
+    for shade, name in (((200, 210, 235), "white"), ((60, 255, 0), "green"), ((255, 150, 150), "pink")):
+        assert not has(Image.new("RGB", (128, 128), shade), name)
+    for off, is_right in ((segmenting.MAX_OFF - 2, True), (segmenting.MAX_OFF + 2, False)):
+        assert has(Image.new("RGB", (128, 128), shade_off("white", (120, 160, 250), off)), "white") == is_right
+    for off, is_right in ((segmenting.MAX_STAINED - 2, True), (segmenting.MAX_STAINED + 2, False)):
+        stained = Image.new("RGB", (128, 128), COLOURS["white"])
+        stained.paste(shade_off("white", (120, 160, 250), off), (0, 100, 128, 128))  # a fifth: not the median, but plain to see
+        assert has(stained, "white") == is_right
+    ramp = np.linspace(np.array([250, 250, 250]), np.array([150, 190, 250]), 128)[:, None].repeat(128, 1)
+    assert not has(Image.fromarray(ramp.astype(np.uint8)), "white")
+    truth = np.asarray(drawing.draw(Scene("one", "", (), Background("gradient", ("blue", "white")))), dtype=float)
+    assert has(Image.fromarray(truth.astype(np.uint8)), "blue", "white")
+    muddy = np.clip(truth + np.array([30, -20, -50]), 0, 255)
+    assert not has(Image.fromarray(muddy.astype(np.uint8)), "blue", "white")
+
+
+def test_a_few_specks_are_dirt_and_many_are_a_pattern() -> None:
     picture = Image.new("RGB", (128, 128), (250, 250, 250))
-    picture.paste((60, 255, 0), (40, 40, 80, 80))  # far from every colour of the grammar
-    (piece,) = segment(picture, Background("plain", ("white",))).pieces
-    assert (piece.colour, piece.is_clear) == ("green", False)
-    assert segmenting.MAX_DISTANCE > 0
+    for count in range(1, 7):
+        picture.paste(COLOURS["red" if count % 2 else "blue"], (18 * count, 40, 18 * count + 7, 47))
+        assert segment(picture, Background("plain", ("white",))).has_background == (count <= segmenting.MAX_STRAY)

@@ -59,8 +59,30 @@ def test_a_picture_counts_for_each_skill_it_is_asked_and_only_when_all_is_right(
         asked = [i for i, scene in enumerate(scenes) if SKILLS[name][1](scene)]
         assert (share.right, share.count) == (sum(i % 3 > 0 for i in asked), len(asked))
         assert share.count > 0
-    assert scores.overall.count == 120
-    assert scores.checks["count"] == Share(80, 120)
+    assert (scores.overall.count, scores.skills["unseen combinations"].count) == (60, 60)
+    assert all(grammar.split_of(scene) == "held-out" for scene in scenes if SKILLS["overall"][1](scene))
+    assert (scores.checks["count"].right, scores.checks["count"].count) == (80, 120)
     assert scores.checks["position"] == Share(0, 0)
+    landscapes = scores.skills["landscapes"]
+    assert (landscapes.count, landscapes.captions) == (15, None)
     lines = [line for line in scores.lines() if " to " in line]
     assert len({line.index(" to ") for line in lines if "two to" not in line}) == 1  # aligned
+
+
+def test_pictures_of_one_caption_count_once_for_the_interval() -> None:
+    scenes = choose(160, 0, "held-out")
+    scores = Scores(tuple(Judged(scene, i, Verdict(True, i % 4 > 0, True)) for i, scene in enumerate(scenes)))
+    share = scores.skills["landscapes"]
+    distinct = len({scene.caption for scene in scenes if scene.kind == "landscape"})
+    assert (share.count, share.captions) == (40, distinct)
+    assert distinct < 20
+    low, high = share.interval
+    for bound in (low, high):  # Wilson's equation for so many captions
+        away = 1.959964 * math.sqrt(bound * (1 - bound) / distinct)
+        assert abs(share.value - bound) == pytest.approx(away, abs=1e-7)
+    assert scores.skills["counting"].captions is None
+    assert share.as_dict()["captions"] == distinct
+    assert scores.skills["counting"].as_dict()["captions"] == 40
+    words = f"40 pictures of {distinct} captions"
+    assert str(share).endswith(words)
+    assert [line.split()[0] for line in scores.lines() if words in line] == ["landscapes"]

@@ -260,7 +260,7 @@ def _finish(drawn: _Drawn, folder: Path, say: Say) -> int:
 
     def read(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
         found = [read_image(drawn.path(seed - drawn.seed)) for seed in seeds]
-        pictures.extend(found)
+        pictures.extend(adherence_report.thumbnail(picture) for picture in found)
         bar.progress(len(pictures), "checking")
         return found
 
@@ -291,6 +291,8 @@ def _prove(folder: Path, settings: AdherenceSettings, idle: list[str], has_count
         raise usage_error(f"--prove draws nothing; leave out {', '.join(idle)}")
     from src.evaluation import proof
 
+    if has_count and settings.count < proof.MIN_COUNT:
+        raise usage_error(f"--count {settings.count}: too few to prove anything; take {proof.MIN_COUNT} or more")
     result = proof.prove(settings.count if has_count else proof.COUNT, settings.seed, print)
     check_writable_folder(folder)
     path = publish_bytes(folder / "proof.json", (json.dumps({"version": VERSION, **result}, indent=1) + "\n").encode())

@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from src import report
+from src.evaluation.sheet import shrunk
 from src.evaluation.skills import SKILLS, TARGET, TARGETS, Judged, Scores, Share
 from src.version import VERSION
 
@@ -17,16 +18,22 @@ _PICTURE_PX = 128
 _ON_SKILLS = """\
 After GenEval (Ghosh et al. 2023): a picture is asked about each skill that its prompt needs, and counts only when it is right \
 altogether: background, number, colours, shapes, which colour on which shape, place, relation, size and outline, as far as the \
-prompt names them. Intervals are Wilson's, 95 %."""
+prompt names them. Unseen combinations of a colour and a shape enter no other row. Intervals are Wilson's, 95 %, for as many \
+captions as there are: pictures of one caption resemble each other."""
 _ON_CHECKS = """\
-The same pictures, check by check: what passes, whatever else is wrong with the picture. Of a landscape, background means time \
-and hills, count the trees, colours the house."""
+All pictures, unseen combinations too, check by check: what passes, whatever else is wrong with the picture. Of a landscape, \
+background means time, sky and hills, count the trees, colours the house."""
 _ON_PICTURES = """\
 The checker works by colours and shapes alone; a picture that looks right to you and is listed as wrong is worth reporting."""
 
 
+def thumbnail(picture: Image.Image) -> Image.Image:
+    """As large as the report shows it."""
+    return shrunk(picture, _PICTURE_PX)
+
+
 def page(scores: Scores, pictures: Sequence[Image.Image], facts: Mapping[str, Any]) -> bytes:
-    """The finished file; ``pictures`` in the order of ``scores.judged``."""
+    """The finished file; ``pictures``, thumbnails will do, in the order of ``scores.judged``."""
     settings = dict(facts.get("settings", {}))
     head = {**settings, **{name: value for name, value in facts.items() if name != "settings"}, "version": VERSION}
     skills = [[name, SKILLS[name][0], *_cells(share), TARGETS.get(name, TARGET)] for name, share in scores.skills.items()]
@@ -36,7 +43,9 @@ def page(scores: Scores, pictures: Sequence[Image.Image], facts: Mapping[str, An
         report.section(
             "Skills",
             report.table(
-                ["skill", "pictures with", "right", "95 % interval", "count", "target"], skills, marked=[len(skills) - 1]
+                ["skill", "pictures with", "right", "95 % interval", "count", "target"],
+                skills,
+                marked=[list(scores.skills).index("overall")],
             ),
             report.text(_ON_SKILLS),
         ),
@@ -48,10 +57,10 @@ def page(scores: Scores, pictures: Sequence[Image.Image], facts: Mapping[str, An
     return report.page(f"Adherence of {settings.get('model', 'pictures')}", *parts)
 
 
-def _cells(share: Share) -> tuple[str, str, int]:
+def _cells(share: Share) -> tuple[str, str, str]:
     if share.value is None or share.interval is None:
-        return "–", "–", 0
-    return f"{share.value:.3f}", f"{share.interval[0]:.3f} to {share.interval[1]:.3f}", share.count
+        return "–", "–", "0"
+    return f"{share.value:.3f}", f"{share.interval[0]:.3f} to {share.interval[1]:.3f}", share.pictures
 
 
 def _gallery(title: str, pairs: list[tuple[Judged, Image.Image]], most: int) -> str:

@@ -35,7 +35,7 @@ MIN_AROUND = 0.2  # share of the pixels next to a thing that make an outline whi
 class Verdict:
     """What is right of a picture; None where the caption does not ask. ``faults`` says what is wrong, in words.
 
-    Of a landscape, background is time and hills, count the trees, colours the house.
+    Of a landscape, background is time, sky and hills, count the trees, colours the house.
     """
 
     background: bool | None = None
@@ -120,8 +120,14 @@ def _things(segments: Segments) -> list[_Found]:
     def lie_in(outer: Piece, among: Sequence[Piece]) -> list[Piece]:
         return [inner for inner in among if inner is not outer and filled[outer][inner.mask].mean() >= MIN_INNER_WITHIN]
 
-    # Through a ring that lies in another thing one sees that thing: no thing of its own.
-    seen_through = {inner for outer in pieces for inner in lie_in(outer, pieces) if inner.colour == outer.colour}
+    # Through a ring that lies in another thing one sees that thing: no thing of its own. A thing in a ring is one.
+    seen_through = {
+        inner
+        for outer in pieces
+        for between in lie_in(outer, pieces)
+        for inner in lie_in(between, pieces)
+        if inner.colour == outer.colour != between.colour
+    }
     things = [piece for piece in pieces if piece not in seen_through]
     found = []
     for piece in things:

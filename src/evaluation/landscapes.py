@@ -6,14 +6,16 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from src.evaluation.segmenting import HARDENINGS, distances, harden, lab, picture_pixels
-from src.scenes.drawing import DARKER, HILL_COLOURS, SKIES
+from src.evaluation.segmenting import HARDENINGS, MIN_CORE_PX, RAMP_STEPS, distances, harden, lab, picture_pixels
+from src.scenes.drawing import DARKER, HILL_COLOURS, LIGHTS, SKIES
 from src.scenes.grammar import COLOURS, HOUSES, SIZE_PX, Landscape
 
 HORIZON = 0.55  # in the middle of where the drawing has it
 SKY_ROWS, GROUND_ROW, FRONT_ROWS = slice(1, 54), 57, slice(121, SIZE_PX)  # sky; where hills may begin; the hills in front
 MAX_SKY, MAX_HILLS, MAX_HOUSE = 16.0, 16.0, 22.0  # CIELAB, from the colours expected
 MIN_TREE_PX, MIN_ROOF_PX, ROOF_PX = 60, 80, (18, 44)  # areas; width of a roof
+WALL_PX = 24  # below the roof, where the house's own wall ends
+MAX_OFF_SKY, MIN_OTHER_PX, RESEMBLES = 26.0, 70, 25.0  # CIELAB from sky and light; area of what should not be there; CIELAB
 _ROOF, _TREE, _TRUNK = (88, 60, 50), (21, 94, 60), (101, 67, 33)
 _LIT_WINDOW, _WINDOW = (255, 236, 150), (200, 230, 245)
 
@@ -38,14 +40,22 @@ def check(picture: Image.Image, land: Landscape) -> tuple[bool, bool, bool, tupl
     labels, names = _labelled(colours, time or land.time, hills or land.hills)
     trees = len(_parts(labels == names.index("tree"), MIN_TREE_PX))
     wood = labels == names.index("roof")
-    house = _house(colours, wood, time or land.time) or _house(
+    houses = _houses(colours, wood, time or land.time) or _houses(
         colours, wood | (labels == names.index("trunk")), time or land.time
     )
+    house = houses[0][0] if len(houses) == 1 else None
+    is_alone = house is not None and not _has_other_walls(labels, names, time or land.time, hills or land.hills, houses[0][1])
+    is_sky = time is None or not _has_something_in_sky(colours, time)
     if trees != land.trees:
         faults.append(f"trees: {trees} instead of {land.trees}")
+    if not is_sky:
+        faults.append("sky: something else is in it")
     if house != land.house:
-        faults.append(f"house: {house or 'none'} instead of {land.house}")
-    return (time, hills) == (land.time, land.hills), trees == land.trees, house == land.house, tuple(faults)
+        faults.append(f"house: {house or (f'{len(houses)} of them' if houses else 'none')} instead of {land.house}")
+    elif not is_alone:
+        faults.append("house: not the only thing of a house's colour")
+    is_background = (time, hills) == (land.time, land.hills) and is_sky
+    return is_background, trees == land.trees, house == land.house and is_alone, tuple(faults)
 
 
 def _time(colours: np.ndarray) -> str | None:
@@ -62,29 +72,58 @@ def _time(colours: np.ndarray) -> str | None:
 
 def _labelled(colours: np.ndarray, time: str, hills: str) -> tuple[np.ndarray, list[str]]:
     """Each pixel below the sky by what it is nearest to; above, -1."""
-    dark = DARKER[time]
-    parts = {"back": _scaled(HILL_COLOURS[hills], 0.82 * dark), "front": _scaled(HILL_COLOURS[hills], dark)}
-    parts |= {"roof": _scaled(_ROOF, dark), "tree": _scaled(_TREE, dark), "trunk": _scaled(_TRUNK, dark)}
-    parts |= {"sky": SKIES[time][1], "window": _LIT_WINDOW if dark < 1 else _WINDOW}
-    parts |= {name: _scaled(COLOURS[name], max(dark, 0.75)) for name in HOUSES}
+    parts = _palette(time, hills)
     labels = distances(colours, lab(np.array(list(parts.values()), dtype=np.float32))).argmin(-1)
     labels[:GROUND_ROW] = -1
     return labels, list(parts)
 
 
-def _house(colours: np.ndarray, roof: np.ndarray, time: str) -> str | None:
-    """The colour of the wall below the roof, above its door and window; None for no roof or another colour."""
-    roofs = [part for part in _parts(roof, MIN_ROOF_PX) if ROOF_PX[0] <= np.ptp(np.nonzero(part)[1]) <= ROOF_PX[1]]
-    if not roofs:
-        return None
-    y, x = np.nonzero(max(roofs, key=np.sum))
-    left, right = x.min(), x.max() + 1
-    inset = (right - left) // 6
-    wall = colours[y.max() + 2 : y.max() + 5, left + inset : right - inset].reshape(-1, 3)
-    if not len(wall):
-        return None
-    shade = max(DARKER[time], 0.75)
-    return _nearest(np.median(wall, axis=0), {name: _scaled(COLOURS[name], shade) for name in HOUSES}, MAX_HOUSE)
+def _palette(time: str, hills: str) -> dict[str, tuple[float, ...]]:
+    """The colours of what lies below the sky."""
+    dark = DARKER[time]
+    parts = {"back": _scaled(HILL_COLOURS[hills], 0.82 * dark), "front": _scaled(HILL_COLOURS[hills], dark)}
+    parts |= {"roof": _scaled(_ROOF, dark), "tree": _scaled(_TREE, dark), "trunk": _scaled(_TRUNK, dark)}
+    parts |= {"sky": SKIES[time][1], "window": _LIT_WINDOW if dark < 1 else _WINDOW}
+    return parts | {name: _scaled(COLOURS[name], max(dark, 0.75)) for name in HOUSES}
+
+
+def _houses(colours: np.ndarray, roof: np.ndarray, time: str) -> list[tuple[str, tuple[slice, slice]]]:
+    """Of each roof with a wall below: the wall's colour, above its door and window, and where the house stands."""
+    shade, found = max(DARKER[time], 0.75), []
+    for part in _parts(roof, MIN_ROOF_PX):
+        y, x = np.nonzero(part)
+        left, right, foot = x.min(), x.max() + 1, y.max()
+        inset = (right - left) // 6
+        wall = colours[foot + 2 : foot + 5, left + inset : right - inset].reshape(-1, 3)
+        if not ROOF_PX[0] <= right - 1 - left <= ROOF_PX[1] or not len(wall):
+            continue
+        name = _nearest(np.median(wall, axis=0), {name: _scaled(COLOURS[name], shade) for name in HOUSES}, MAX_HOUSE)
+        if name is not None:
+            found.append((name, (slice(y.min(), foot + WALL_PX), slice(max(0, left - 3), right + 3))))
+    return found
+
+
+def _has_other_walls(labels: np.ndarray, names: list[str], time: str, hills: str, own: tuple[slice, slice]) -> bool:
+    """Whether a house's colour lies elsewhere, too; not asked of colours that hills or sky resemble."""
+    outside = np.ones(labels.shape, dtype=bool)
+    outside[own] = False
+    palette = lab(np.array(list(_palette(time, hills).values()), dtype=np.float32))
+    around = palette[[names.index(name) for name in ("back", "front", "sky")]]
+    telling = [names.index(name) for name in HOUSES if distances(palette[names.index(name)], around).min() >= RESEMBLES]
+    return any(_compact((labels == index) & outside) for index in telling)
+
+
+def _has_something_in_sky(colours: np.ndarray, time: str) -> bool:
+    """Whether more than sun or moon and stars covers the sky's colours."""
+    top, bottom = (np.array(colour) for colour in SKIES[time])
+    ramp = [top + (bottom - top) * share for share in np.linspace(0, 1, RAMP_STEPS)]
+    off = distances(colours[SKY_ROWS], lab(np.array([*ramp, LIGHTS[time]], dtype=np.float32))).min(-1)
+    return bool(_compact(off > MAX_OFF_SKY))
+
+
+def _compact(mask: np.ndarray) -> list[np.ndarray]:
+    """Parts that are large and thick enough to be a thing: no star, no edge, no tip of a tree."""
+    return [part for part in _parts(mask, MIN_OTHER_PX) if ndimage.distance_transform_edt(part).max() >= MIN_CORE_PX]
 
 
 def _parts(mask: np.ndarray, least_px: int) -> list[np.ndarray]:

@@ -27,10 +27,12 @@ MIN_FRAME = 0.8  # share of the frame that has the background's colours
 MIN_PATTERN = 0.7  # share of each colour's places that have it, in stripes and dots
 MAX_RAMP_ERROR = 0.13  # mean distance from the gradient, of its whole
 MIN_OPEN = 0.12  # of the picture that is background
+MAX_OFF, MAX_STAINED = 18.0, 26.0  # CIELAB, of what is open from the background's colours: its median and its 90th percentile
 MAX_DISTANCE = 38.0  # CIELAB, of a piece's middle colour from the one it is called
 ALIKE = 20.0  # CIELAB; the nearest two of the grammar's colours are further apart
 MIN_INNER = 0.3  # of an outlined thing: what is not outline
 MAX_SPECKS = 0.07  # of the picture: more are a pattern that should not be there
+STRAY_PX, MAX_STRAY = 30, 3  # area of a compact speck that touches no piece; so many may be there
 COMMON = 0.08  # share of the frame from which a colour belongs to a wrong background
 RAMP_STEPS = 17
 NAMES = tuple(COLOURS)
@@ -71,7 +73,8 @@ def segment(picture: Image.Image, background: Background, outlines: Mapping[str,
         labels = _labelled(colours, _frame_colours(colours), False)
     pieces = tuple(_pieces(labels, colours, outlines or {}))
     specks = (labels >= 0) & ~np.any([piece.mask for piece in pieces], axis=0)
-    return Segments(labels, pieces, specks, is_right and bool(specks.mean() <= MAX_SPECKS))
+    is_clean = specks.mean() <= MAX_SPECKS and _strays(specks, pieces) <= MAX_STRAY
+    return Segments(labels, pieces, specks, is_right and bool(is_clean))
 
 
 def picture_pixels(picture: Image.Image) -> np.ndarray:
@@ -144,10 +147,24 @@ def _frame_colours(colours: np.ndarray) -> tuple[str, ...]:
     return tuple(NAMES[index] for index in order if counts[index] >= COMMON * counts.sum())
 
 
+def _strays(specks: np.ndarray, pieces: tuple[Piece, ...]) -> int:
+    """How many specks are small things of their own: no thing's tips, no left over edge."""
+    parts, _ = ndimage.label(specks)
+    near = ndimage.binary_dilation(np.any([piece.mask for piece in pieces], axis=0)) if pieces else np.zeros_like(specks)
+    sizes, depths = np.bincount(parts.ravel()), ndimage.distance_transform_edt(specks)
+    numbers = [number for number in np.nonzero(sizes >= STRAY_PX)[0] if number]
+    return sum(bool(depths[parts == n].max() >= MIN_CORE_PX and not near[parts == n].any()) for n in numbers)
+
+
 def _has_background(colours: np.ndarray, labels: np.ndarray, background: Background) -> bool:
     """Whether the frame and what is open has the colours asked for, in their pattern."""
     is_open = labels == -1
     if is_open[_frame()].mean() < MIN_FRAME or is_open.mean() < MIN_OPEN:
+        return False
+    palette, meaning = _palette(background.colours, background.kind == "gradient")
+    off = distances(colours[is_open], palette[meaning == -1]).min(-1)
+    is_flat = background.kind in ("plain", "gradient")  # where stripes and dots meet, soft edges mix their colours
+    if np.median(off) > MAX_OFF or np.percentile(off, 90) > (MAX_STAINED if is_flat else MAX_DISTANCE):
         return False
     if background.kind == "plain":
         return True

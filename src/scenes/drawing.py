@@ -19,6 +19,7 @@ SKIES = {  # from above to the horizon
     "by day": ((96, 165, 250), (219, 234, 254)), "at sunset": ((76, 29, 149), (251, 146, 60)),
     "at night": ((8, 12, 40), (30, 41, 90)),
 }  # fmt: skip
+LIGHTS = {"by day": (253, 224, 71), "at sunset": (254, 215, 120), "at night": (235, 235, 215)}
 HILL_COLOURS = {"green": (74, 150, 60), "yellow": (222, 184, 60), "brown": (140, 96, 60), "white": (236, 240, 245)}
 DARKER = {"by day": 1.0, "at sunset": 0.86, "at night": 0.55}
 
@@ -124,7 +125,7 @@ def _landscape(land: Landscape) -> Image.Image:
         corners = [(x * size / 64, y * size) for x, y in enumerate(height)]
         canvas.polygon([*corners, (size, size), (0, size)], fill=_shaded(hill, tone * dark))
     places = random.sample([0.16, 0.39, 0.61, 0.84], land.trees + 1)
-    _draw_house(
+    draw_house(
         canvas,
         places[0] * size,
         (horizon + random.uniform(0.26, 0.32)) * size,
@@ -146,12 +147,12 @@ def _draw_light(canvas: ImageDraw.ImageDraw, time: str, random: Random, horizon:
         for _ in range(14):
             a, b, r = random.uniform(0, size), random.uniform(0, horizon * size * 0.9), random.uniform(1.5, 3.5)
             canvas.ellipse((a - r, b - r, a + r, b + r), fill=(240, 240, 220))
-    colour = {"by day": (253, 224, 71), "at sunset": (254, 215, 120), "at night": (235, 235, 215)}[time]
     r = 0.09 * size
-    canvas.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+    canvas.ellipse((x - r, y - r, x + r, y + r), fill=LIGHTS[time])
 
 
-def _draw_house(canvas: ImageDraw.ImageDraw, x: float, base: float, size: int, colour: Colour, dark: float) -> None:
+def draw_house(canvas: ImageDraw.ImageDraw, x: float, base: float, size: int, colour: Colour, dark: float) -> None:
+    """Its middle and foot in pixels of a canvas of ``size``; ``dark`` shades the roof and the door."""
     wide, high = 0.1 * size, 0.15 * size
     canvas.rectangle((x - wide, base - high, x + wide, base), fill=colour)
     roof = [(x - wide * 1.2, base - high), (x, base - high * 1.75), (x + wide * 1.2, base - high)]
