@@ -96,7 +96,7 @@ def learn_unet(work: Work, settings: ScratchSettings, terminal: Terminal) -> dic
     autoencoder = vae.read_vae(work).to(device, memory_format=torch.channels_last)
     training = gather(work, settings, "train", autoencoder, terminal)
     judging = gather(work, settings, "held-out", autoencoder, terminal)
-    scenes = read_pictures(work.result("scenes"), "held-out", CHECKED).scenes
+    scenes = read_pictures(work.result("scenes"), "held-out", min(CHECKED, settings.unet.examined)).scenes
     torch.manual_seed(settings.unet.seed)
     unet = build(settings.unet, training.embeddings.shape[-1], (training.latents.shape[1], training.latents.shape[-1]))
     unet = prepared(unet, device)
