@@ -6,7 +6,7 @@
 
 Predicting v (Salimans and Ho 2022, arXiv 2202.00512) and predicting e is the same under these weights but for what the network
 must be exact in: where nearly all is noise, v is the picture, e a copy of the input with a small difference that matters. There
-v learns several times as fast (``python -m src.bench designs``).
+v halves the error in the same time (docs/bench/learning-*.md).
 
 The VAE and the text tower are frozen: latents and embeddings are computed once.
 """
