@@ -24,7 +24,7 @@ from src.checkpoints import Checkpoint, CheckpointFolder
 from src.errors import ExitCode, UserError
 from src.images import encode_png
 from src.scratch import phase_report
-from src.scratch.muon import Muon, parameter_groups
+from src.scratch.muon import Muon, has_fast_bf16, parameter_groups
 from src.scratch.settings import NOT_LEARNT, MachineSettings
 from src.terminal import Terminal
 from src.training.history import History
@@ -81,13 +81,6 @@ def precision_of(machine: MachineSettings, device: torch.device) -> Iterator[Non
     enabled = machine.precision == "bf16" or (machine.precision == "auto" and fast)
     with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
         yield
-
-
-def has_fast_bf16(device: torch.device) -> bool:
-    """Whether it multiplies bf16 in hardware: old cards and CPUs only imitate it."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and devices.cpu_has_bf16()
 
 
 def learning_rate(settings: Settings, step: int) -> float:

@@ -11,6 +11,7 @@ torch.optim.Muon takes no convolutions, whose kernel is a matrix of (out, in * h
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -90,8 +91,7 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonal(matrix: Tensor) -> Tensor:
     """Near ``U V^T`` of ``matrix = U S V^T`` (rows, columns): singular values of 0.7 to 1.2. In bf16 where that is fast."""
-    is_fast = matrix.device.type == "cuda" or (matrix.device.type == "cpu" and devices.cpu_has_bf16())
-    x = matrix.to(torch.bfloat16 if is_fast else torch.float32)
+    x = matrix.to(torch.bfloat16 if has_fast_bf16(matrix.device) else torch.float32)
     is_tall = x.shape[0] > x.shape[1]
     x = x.T if is_tall else x
     x = x / (x.norm() + 1e-7)
@@ -100,3 +100,11 @@ def orthogonal(matrix: Tensor) -> Tensor:
         square = x @ x.T
         x = a * x + (b * square + c * square @ square) @ x
     return x.T if is_tall else x
+
+
+@cache  # each matrix of each step asks
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether it multiplies bf16 in hardware: old cards and CPUs only imitate it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and devices.cpu_has_bf16()
