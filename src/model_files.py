@@ -165,7 +165,7 @@ def family_of(path: Path) -> Family:
     if not path.is_dir():
         return family_of_header(read_header(path), path)
     config = read_json(path / "unet" / "config.json", "so the model is incomplete; take a complete copy")
-    _check_in_channels(config.get("in_channels", 4), path)
+    _check_in_channels(config.get("in_channels", 4), path, config.get("out_channels", 4))
     if config.get("addition_embed_type") == "text_time":
         return "SDXL"
     return "SD2" if config.get("use_linear_projection") else "SD1"
@@ -249,10 +249,11 @@ def read_json(path: Path, if_missing: str) -> dict[str, Any]:
     return content
 
 
-def _check_in_channels(in_channels: object, path: Path) -> None:
-    """Refuse U-Nets that take anything but noisy latents (4 channels), or these with a mask and a picture (9)."""
-    if in_channels not in (4, 9):
-        raise refused(f"{path}: its U-Net takes {in_channels} channels, not 4: it is no text-to-image model; {SUPPORTED}")
+def _check_in_channels(in_channels: object, path: Path, latent_channels: int = 4) -> None:
+    """Refuse U-Nets that take anything but noisy latents, or these of 4 channels with a mask and a picture (9)."""
+    if in_channels not in (latent_channels, 9):
+        cause = f"its U-Net takes {in_channels} channels, not {latent_channels}: it is no text-to-image model"
+        raise refused(f"{path}: {cause}; {SUPPORTED}")
 
 
 def _refiner(path: Path) -> UserError:

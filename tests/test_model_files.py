@@ -174,6 +174,12 @@ def test_inpainting_models_keep_their_family(tmp_path):
     assert family_of(file) == "SD1"
 
 
+def test_a_model_of_eight_latent_channels_is_one_but_not_one_that_edits_pictures(tmp_path):
+    assert family_of(model(tmp_path, unet={"in_channels": 8, "out_channels": 8})) == "SD1"
+    edits = model(tmp_path / "instruct-pix2pix", unet={"in_channels": 8, "out_channels": 4})  # latents and the picture's
+    assert "takes 8 channels, not 4" in refusal(ExitCode.REFUSED, family_of, edits)
+
+
 @pytest.mark.parametrize(
     ("shapes", "metadata", "expected"),
     [

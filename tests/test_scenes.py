@@ -10,7 +10,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from src.scenes import drawing, grammar
+from src.scenes import drawing, facts, grammar
 from src.scenes.grammar import COLOURS, KINDS, SHAPES, SIZE_PX, Background, Scene, Thing
 
 SCENES = list(islice(grammar.scenes(3, "train"), 3000))
@@ -34,6 +34,7 @@ def test_captions_say_what_is_there() -> None:
         assert len(words) <= 26  # of 30 tokens
         if scene.landscape is not None:
             assert scene.landscape.house in words
+            assert scene.landscape.house != scene.landscape.hills
             assert scene.landscape.time in scene.caption
             continue
         assert scene.caption.endswith(f"on {grammar.describe(scene.background)}")
@@ -47,6 +48,21 @@ def test_captions_say_what_is_there() -> None:
             assert words[0] == grammar.NUMBERS[len(scene.things)]
         if scene.relation:
             assert f" {scene.relation} " in scene.caption
+
+
+def test_answers_are_all_that_captions_say_and_nothing_else() -> None:
+    of_caption: dict[str, tuple[int, ...]] = {}
+    for scene in SCENES:
+        caption = scene.caption.removeprefix("a picture of ")
+        answered = facts.answers(scene)
+        assert of_caption.setdefault(caption, answered) == answered  # the same words, the same answers
+        said = [possible[place] for possible, place in zip(facts.QUESTIONS.values(), answered)]
+        for question, word in zip(facts.QUESTIONS, said):
+            if question == "number":
+                word = grammar.NUMBERS.get(word) if scene.kind == "group" else None
+            if question not in ("kind", "trees") and word not in (None, "plain"):
+                assert word in caption, (question, caption)
+    assert len(set(of_caption.values())) == len(of_caption)  # other words, other answers
 
 
 def test_things_are_where_the_caption_says() -> None:

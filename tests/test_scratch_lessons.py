@@ -16,6 +16,7 @@ from transformers import CLIPTokenizer
 from src import diffusion
 from src.diffusion import NoiseSchedule
 from src.errors import UserError
+from src.scenes.facts import QUESTIONS
 from src.scratch import clip, learning, tokenizer, unet, vae
 from src.scratch.learning import Lesson, learn, learning_rate
 from src.scratch.settings import MachineSettings, TokenizerSettings, UnetSettings, VaeSettings
@@ -187,6 +188,24 @@ def test_top1_counts_who_finds_its_own() -> None:
     images = torch.eye(4)
     assert clip.top1(images, images, list("abcd")) == (1.0, 1.0)
     assert clip.top1(images[[1, 0, 2, 3]], images, list("abca")) == (0.5, 0.75)
+
+
+def test_the_thumbnail_is_the_mean_of_each_square() -> None:
+    pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+    squares = pixels.reshape(2, 3, 2, 8, 2, 8).mean(dim=(3, 5))
+    means = torch.cat([vae.THUMBNAIL_SCALE * squares, torch.randn(2, 5, 2, 2)], dim=1)
+    assert float(vae.thumbnail_loss(means, pixels)) < 1e-10
+    assert float(vae.thumbnail_loss(means + 0.3 * vae.THUMBNAIL_SCALE, pixels)) == pytest.approx(0.09, rel=1e-4)
+
+
+def test_the_naming_loss_is_the_mean_over_questions_of_what_the_right_answers_lack() -> None:
+    sizes = [len(possible) for possible in QUESTIONS.values()]
+    right = torch.tensor([[0] * len(sizes), [size - 1 for size in sizes]])
+    assert float(clip.naming_loss(torch.zeros(2, sum(sizes)), right)) == pytest.approx(np.mean(np.log(sizes)))
+    sure = torch.cat([100 * nn.functional.one_hot(own, size) for own, size in zip(right.unbind(1), sizes)], dim=1)
+    assert float(clip.naming_loss(sure, right)) < 1e-6
+    sure[0, 0] = 0  # of the first question nothing is known, and the first kind was right
+    assert float(clip.naming_loss(sure, right)) == pytest.approx(np.log(sizes[0]) / 2 / len(sizes))
 
 
 # -- tokenizer

@@ -203,7 +203,7 @@ def _count(scene: Scene, random: Random) -> Scene | None:
         things.pop(random.randrange(len(things)))
         return replace(scene, things=tuple(things))
     like = random.choice(things)
-    radius = min(like.radius, 16)
+    radius = min(like.radius, 13)
     for _ in range(200):
         x, y = (random.uniform(MARGIN_PX + radius, SIZE_PX - MARGIN_PX - radius) for _ in range(2))
         if all(np.hypot(x - t.x, y - t.y) >= radius + t.radius + GAP_PX for t in things):

@@ -12,7 +12,6 @@ are in it.
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -44,7 +43,7 @@ POSITIONS = {
 RELATIONS = ("left of", "right of", "above", "below", "and", "inside")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 SIZES_PX = {"small": (13, 16), None: (20, 26), "large": (34, 40)}  # radius
-PAIR_PX, GROUP_PX, OUTER_PX, INNER_PX = (17, 24), {2: (15, 19), 3: (14, 17), 4: (13, 16)}, (40, 46), (12, 14)
+PAIR_PX, GROUP_PX, OUTER_PX, INNER_PX = (17, 24), (17, 23), (42, 48), (15, 18)
 ROOMY = ("circle", "square", "diamond", "heart")  # shapes that another one fits into
 GAP_PX = 8  # at least this much background between two things
 MARGIN_PX = 4
@@ -199,26 +198,25 @@ def _side_by_side(random: Random, relation: str) -> list[tuple[float, float, flo
 
 
 def _group(random: Random) -> Scene:
+    """Things alike, each somewhere in a quarter of the picture that is its own."""
     number, background = random.choice(list(NUMBERS)), _background(random)
-    shape, colour, radius = random.choice(SHAPES), _colour(random, background.colours), random.uniform(*GROUP_PX[number])
-    places: list[tuple[float, float]] = []
-    while len(places) < number:  # anew when the last found no room
-        places = []
-        for _ in range(60):
-            x, y = (random.uniform(MARGIN_PX + radius, SIZE_PX - MARGIN_PX - radius) for _ in range(2))
-            if all(math.hypot(x - a, y - b) >= 2 * radius + GAP_PX for a, b in places):
-                places.append((x, y))
-            if len(places) == number:
-                break
+    shape, colour, radius = random.choice(SHAPES), _colour(random, background.colours), random.uniform(*GROUP_PX)
+    low, high = MARGIN_PX + radius, (SIZE_PX - GAP_PX) / 2 - radius  # of the first quarter
+
+    def within(is_second: bool) -> float:
+        place = random.uniform(low, high)
+        return SIZE_PX - place if is_second else place
+
+    places = [(within(quarter % 2 == 1), within(quarter >= 2)) for quarter in random.sample(range(4), number)]
     things = tuple(Thing(shape, colour, x, y, radius, random.uniform(-8, 8)) for x, y in places)
     plural = f"{shape}es" if shape.endswith("s") else f"{shape}s"
     return Scene("group", f"{NUMBERS[number]} {colour} {plural} on {describe(background)}", things, background)
 
 
 def _landscape(random: Random) -> Scene:
-    land = Landscape(
-        random.choice(HOUSES), random.choice(list(TREES)), random.choice(HILLS), random.choice(TIMES), random.getrandbits(32)
-    )
+    hills = random.choice(HILLS)
+    house = random.choice([colour for colour in HOUSES if colour != hills])  # on its own colour it is hardly to be seen
+    land = Landscape(house, random.choice(list(TREES)), hills, random.choice(TIMES), random.getrandbits(32))
     caption = f"{_with_article(land.house)} house and {TREES[land.trees]} on {land.hills} hills {land.time}"
     return Scene("landscape", caption, landscape=land)
 

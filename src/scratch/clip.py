@@ -5,6 +5,10 @@
     pixels (B, 3, 128, 128) --image tower--> (B, 128) --/
 
 The text tower, without its projection, then tells the U-Net what to draw; both together judge pictures.
+
+Telling pictures apart asks little of the tower's last states, and the U-Net could read words from them only slowly. So the
+tower also learns to name what its caption says: from its state at the end token, or at any token after it, a linear layer
+answers each question of `src.scenes.facts`. That layer is not kept.
 """
 
 from __future__ import annotations
@@ -15,9 +19,10 @@ import math
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from src.scenes.facts import QUESTIONS, answers
 from src.scenes.grammar import SIZE_PX
 from src.scratch.learning import Lesson, device_of, learn, precision_of
 from src.scratch.phases import Work
@@ -53,6 +58,21 @@ def contrastive_loss(texts: Tensor, images: Tensor, log_scale: Tensor) -> Tensor
         return (F.cross_entropy(logits, own) + F.cross_entropy(logits.t(), own)) / 2
 
 
+class Pupil(nn.Module):
+    """Both towers, and the layer that names what a caption says."""
+
+    def __init__(self, clip: CLIPModel) -> None:
+        super().__init__()
+        self.clip = clip
+        self.naming = nn.Linear(clip.config.text_config.hidden_size, sum(map(len, QUESTIONS.values())))
+
+
+def naming_loss(logits: Tensor, answered: Tensor) -> Tensor:
+    """The mean cross-entropy of all questions: logits (B, all possible answers), the right ones (B, questions)."""
+    each = logits.float().split([len(possible) for possible in QUESTIONS.values()], dim=1)
+    return torch.stack([F.cross_entropy(own, right) for own, right in zip(each, answered.unbind(1))]).mean()
+
+
 def tokens_of(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     """(B, length) token numbers, filled up with the end token."""
     return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
@@ -70,30 +90,39 @@ def learn_clip(work: Work, settings: ScratchSettings, terminal: Terminal) -> dic
     """Learn both towers, and publish them as a `CLIPModel` and, for the pipeline, its text tower."""
     scenes, device, tokenizer = work.result("scenes"), device_of(settings.machine), read_tokenizer(work)
     training, judging = read_pictures(scenes, "train"), read_pictures(scenes, "held-out", JUDGED)
-    tokens = tokens_of(tokenizer, training.captions)
-    tokens = tokens[:, : int(tokens.argmax(dim=1).max()) + 1]  # causal: nothing looks at what comes after the end
+    tokens = tokens_of(tokenizer, training.captions)  # (N, 32)
+    ends = (tokens == tokenizer.eos_token_id).int().argmax(dim=1)  # (N,)
+    answered = torch.tensor([answers(scene) for scene in training.scenes])  # (N, questions)
     torch.manual_seed(settings.clip.seed)
-    clip = build(settings.clip, tokenizer).to(device)
+    clip = build(settings.clip, tokenizer)
+    pupil = Pupil(clip).to(device)
     if device.type == "cpu":
         clip.set_attn_implementation("eager")  # the fused kernel's backward pass is slow for small heads on a CPU
-
-    def features(ids: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        output = clip(input_ids=ids.to(device), pixel_values=pixels.to(device))
-        return output.text_embeds, output.image_embeds
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         random = torch.Generator().manual_seed(settings.clip.seed * 1_000_003 + step)
         which = torch.randint(len(training), (settings.clip.batch_size,), generator=random)
-        texts, images = features(tokens[which], training.floats(which))
-        return contrastive_loss(texts, images, clip.logit_scale), {"scale": float(clip.logit_scale.detach().exp())}
+        room = tokens.shape[1] - ends[which]
+        places = ends[which] + (torch.rand(len(which), generator=random) * room).long()  # the end or a token after it
+        output = clip(input_ids=tokens[which].to(device), pixel_values=training.floats(which).to(device))
+        contrast = contrastive_loss(output.text_embeds, output.image_embeds, clip.logit_scale)
+        states = output.text_model_output.last_hidden_state[torch.arange(len(which)), places.to(device)]  # (B, width)
+        naming = naming_loss(pupil.naming(states), answered[which].to(device))
+        noted = {"naming": float(naming.detach()), "scale": float(clip.logit_scale.detach().exp())}
+        return contrast + settings.clip.naming_weight * naming, noted
 
     def judge() -> tuple[dict[str, float], None]:
-        texts, images = features(tokens_of(tokenizer, judging.captions), judging.floats(slice(None)))
-        found, possible = top1(texts.float(), images.float(), judging.captions)
-        return {f"top1_in_{len(judging)}": found, "possible": possible}, None
+        ids = tokens_of(tokenizer, judging.captions).to(device)
+        output = clip(input_ids=ids, pixel_values=judging.floats(slice(None)).to(device))
+        found, possible = top1(output.text_embeds.float(), output.image_embeds.float(), judging.captions)
+        logits = pupil.naming(output.text_model_output.last_hidden_state[:, -1]).float()
+        each = logits.split([len(possible) for possible in QUESTIONS.values()], dim=1)
+        named = torch.stack([own.argmax(dim=1) for own in each], dim=1).cpu()
+        right = (named == torch.tensor([answers(scene) for scene in judging.scenes])).all(dim=1)
+        return {f"top1_in_{len(judging)}": found, "possible": possible, "named": float(right.float().mean())}, None
 
     inputs = work.inputs("clip")
-    lesson = Lesson("clip", clip, settings.clip, loss, judge, {"inputs": inputs})
+    lesson = Lesson("clip", pupil, settings.clip, loss, judge, {"inputs": inputs})
     figures = learn(lesson, work.of("clip"), settings.machine, terminal)
     figures["parameters"] = sum(item.numel() for item in clip.parameters())
     work.publish("clip", settings, clip_files(clip), figures, inputs)

@@ -22,7 +22,7 @@ MAX_SCENES = 400_000  # a manifest lists a thousand files
 class ScenesSettings:
     """The pictures that all phases learn from."""
 
-    count: int = 40_000
+    count: int = 60_000
     held_out: int = 512  # of those that only judge
     seed: int = 0
 
@@ -37,14 +37,15 @@ class TokenizerSettings:
 
 @dataclass(slots=True)
 class VaeSettings:
-    """AutoencoderKL: a picture of 128 x 128 becomes 16 x 16 latents of 4 channels."""
+    """AutoencoderKL: a picture of 128 x 128 becomes 16 x 16 latents of 8 channels."""
 
     channels: tuple[int, ...] = (16, 32, 64, 128)
     layers: int = 1
-    latent_channels: int = 4
+    latent_channels: int = 8
     crop_px: int = 64
     l1_weight: float = 0.2  # beside the squared error: sharper edges
     kl_weight: float = 2e-5
+    thumbnail_weight: float = 1.0  # of the first three channels, to be a small picture
     steps: int = 6000
     batch_size: int = 16
     learning_rate: float = 2e-3
@@ -66,6 +67,7 @@ class ClipSettings:
     heads: int = 6
     patch_px: int = 16
     projection: int = 128
+    naming_weight: float = 1.0  # of the second task, to name what a caption says
     steps: int = 900
     batch_size: int = 128
     learning_rate: float = 2e-3
@@ -163,7 +165,8 @@ def check(settings: ScratchSettings) -> None:
 def _range(name: str) -> tuple[float, float]:
     special: dict[str, tuple[float, float]] = {
         "caption_dropout": (0, 0.9), "ema_decay": (0, 0.99999), "learning_rate": (1e-7, 1), "seed": (0, 2**31),
-        "l1_weight": (0, 100), "kl_weight": (0, 10), "weight_decay": (0, 10), "max_grad_norm": (1e-3, 1e6),
+        "l1_weight": (0, 100), "naming_weight": (0, 100), "thumbnail_weight": (0, 100), "latent_channels": (3, 64),
+        "kl_weight": (0, 10), "weight_decay": (0, 10), "max_grad_norm": (1e-3, 1e6),
         "warmup_steps": (0, 1e6), "snr_gamma": (1e-3, 1e6), "merges": (0, 40_000), "length": (8, 77), "held_out": (32, 90_000),
         "count": (1, MAX_SCENES),
     }  # fmt: skip

@@ -1,6 +1,6 @@
 """The fifth phase: a network that tells noise from picture, guided by the caption (Ho et al. 2020; Rombach et al. 2022).
 
-    x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e          latents x_0 (B, 4, 16, 16), noise e of the same shape, t in 0 .. 999
+    x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e          latents x_0 (B, 8, 16, 16), noise e of the same shape, t in 0 .. 999
     v_t = sqrt(a_t) e - sqrt(1 - a_t) x_0          what the network gives; e = sqrt(a_t) v_t + sqrt(1 - a_t) x_t follows from it
     loss = w_t |v_t - v'(x_t, t, caption)|^2       w_t: min-SNR (Hang et al. 2023); the caption is empty one time in ten
 
@@ -54,13 +54,16 @@ JUDGED, CHECKED, SHOWN, SHOWN_STEPS, GUIDANCE = 256, 64, 24, 20, 5.0
 class Material:
     """What the U-Net learns from: latents of deviation 1, embeddings of each distinct caption, and whose is whose."""
 
-    latents: Tensor  # (N, 4, 16, 16)
+    latents: Tensor  # (N, 8, 16, 16)
     embeddings: Tensor  # (captions + 1, length, width) bf16; the last is that of the empty caption
     caption_of: Tensor  # (N,)
 
 
 def build(settings: UnetSettings, text_width: int, latents: tuple[int, int]) -> UNet2DConditionModel:
-    """Random weights for latents of (channels, side); the innermost levels attend to pixels and caption."""
+    """Random weights for latents of (channels, side); the innermost levels attend to pixels and caption.
+
+    The caption, pooled, is also added to the timestep, and both scale as well as shift what the blocks' norms give.
+    """
     levels = len(settings.channels)
     attends = [level >= levels - settings.attention_levels for level in range(levels)]
     channels, side = latents
@@ -70,6 +73,8 @@ def build(settings: UnetSettings, text_width: int, latents: tuple[int, int]) -> 
         up_block_types=tuple("CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)),
         layers_per_block=settings.layers, cross_attention_dim=text_width, norm_num_groups=16,
         attention_head_dim=tuple(width // settings.head_width for width in settings.channels),  # the number of heads, in truth
+        addition_embed_type="text", addition_embed_type_num_heads=text_width // math.gcd(text_width, settings.head_width),
+        resnet_time_scale_shift="scale_shift",
     )  # fmt: skip
 
 
@@ -139,15 +144,15 @@ def loss_of(
     schedule: NoiseSchedule, settings: UnetSettings, device: torch.device,
 ) -> Tensor:  # fmt: skip
     """The mean loss of some examples, each at a timestep of its own: a scalar."""
-    latents = material.latents[which].to(device)  # x_0 (B, 4, 16, 16)
-    noise = torch.randn(latents.shape, generator=random).to(device)  # e (B, 4, 16, 16)
+    latents = material.latents[which].to(device)  # x_0 (B, 8, 16, 16)
+    noise = torch.randn(latents.shape, generator=random).to(device)  # e (B, 8, 16, 16)
     timesteps = torch.randint(schedule.timesteps, (len(which),), generator=random).to(device)  # t (B,)
     empty = len(material.embeddings) - 1
     captions = material.embeddings[material.caption_of[which].masked_fill(is_dropped, empty)]  # (B, 32, D)
     noisy = diffusion.add_noise(schedule, latents, noise, timesteps)  # x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e
     target = diffusion.target(schedule, latents, noise, timesteps)  # v_t = sqrt(a_t) e - sqrt(1 - a_t) x_0
     noisy = noisy.contiguous(memory_format=torch.channels_last)
-    predicted = unet(noisy, timesteps, captions.to(device).float(), return_dict=False)[0]  # v' (B, 4, 16, 16)
+    predicted = unet(noisy, timesteps, captions.to(device).float(), return_dict=False)[0]  # v' (B, 8, 16, 16)
     weights = diffusion.loss_weights(schedule, timesteps, settings.snr_gamma)  # w_t = min(SNR_t, gamma) / (SNR_t + 1), (B,)
     return diffusion.weighted_loss(predicted, target, weights).mean()  # w_t |v_t - v'|^2
 
@@ -177,7 +182,7 @@ def gather(work: Work, settings: ScratchSettings, split: str, autoencoder: torch
 
 @torch.no_grad()
 def _encode(autoencoder: torch.nn.Module, pixels: Tensor, settings: ScratchSettings, terminal: Terminal) -> Tensor:
-    """(N, 4, 16, 16) in fp16."""
+    """(N, 8, 16, 16) in fp16."""
     device, parts = autoencoder.device, []
     terminal.start_progress(len(pixels))
     for part in pixels.split(64):
@@ -232,7 +237,7 @@ def sample(
     shape = (1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
     seeds = range(first_seed, first_seed + len(captions))
     noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    latents = noise.to(device) * scheduler.init_noise_sigma  # (B, 4, 16, 16)
+    latents = noise.to(device) * scheduler.init_noise_sigma  # (B, 8, 16, 16)
     both = torch.cat([empty.expand_as(captions), captions]).to(device).float()
     for timestep in scheduler.timesteps:
         inputs = scheduler.scale_model_input(torch.cat([latents, latents]), timestep)

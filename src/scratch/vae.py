@@ -1,7 +1,9 @@
 """The third phase: an autoencoder whose latents are orderly (Kingma and Welling 2013, arXiv 1312.6114; Rombach et al. 2022).
 
-    pixels (B, 3, 128, 128) --encoder--> mean, log variance (B, 4, 16, 16) --sample--> latents --decoder--> (B, 3, 128, 128)
+    pixels (B, 3, 128, 128) --encoder--> mean, log variance (B, 8, 16, 16) --sample--> latents --decoder--> (B, 3, 128, 128)
 
+The first three channels are asked to be a thumbnail of the picture, the others hold what it lacks. So colours lie where a
+diffusion model finds them, and both halves learn faster: each has something to go by before the other has learnt anything.
 It learns on crops, which hold more that is worth learning than flat backgrounds. Afterwards its latents are scaled to deviation
 1, as a diffusion model wants them.
 """
@@ -27,6 +29,7 @@ from src.terminal import Terminal
 JUDGED = 128  # held-out pictures that it is judged by, and as many of training for the scale of its latents
 SHOWN = 8
 FIRST_LOG_VARIANCE = -6.0
+THUMBNAIL_SCALE = 4.0  # of the latents' first three channels to pixels in [-1, 1]: they outlast the others in noise
 
 
 def build(settings: VaeSettings) -> AutoencoderKL:
@@ -48,13 +51,20 @@ def kl_to_normal(mean: Tensor, log_variance: Tensor) -> Tensor:
 
 
 def loss_of(vae: AutoencoderKL, pixels: Tensor, settings: VaeSettings) -> tuple[Tensor, dict[str, float]]:
-    """|x - x'|^2 + a |x - x'| + b KL for pixels (B, 3, h, w) in [-1, 1]; a and b are the settings' weights."""
-    posterior = vae.encode(pixels).latent_dist  # mean and log variance (B, 4, h/8, w/8)
+    """|x - x'|^2 + a |x - x'| + b KL + c |m - thumbnail|^2 for pixels (B, 3, h, w) in [-1, 1]; the settings' a, b and c."""
+    posterior = vae.encode(pixels).latent_dist  # mean m and log variance (B, 8, h/8, w/8)
     rebuilt = vae.decode(posterior.sample()).sample.float()  # (B, 3, h, w)
     squared, absolute = F.mse_loss(rebuilt, pixels), F.l1_loss(rebuilt, pixels)
     kl = kl_to_normal(posterior.mean.float(), posterior.logvar.float()).mean()
-    loss = squared + settings.l1_weight * absolute + settings.kl_weight * kl
-    return loss, {"squared": float(squared.detach()), "kl": float(kl.detach())}
+    small = thumbnail_loss(posterior.mean.float(), pixels)
+    loss = squared + settings.l1_weight * absolute + settings.kl_weight * kl + settings.thumbnail_weight * small
+    return loss, {"squared": float(squared.detach()), "kl": float(kl.detach()), "thumbnail": float(small.detach())}
+
+
+def thumbnail_loss(means: Tensor, pixels: Tensor) -> Tensor:
+    """How far the first three channels of (B, C, h, w) are from the means of the pixels' squares: mean squared error."""
+    small = F.adaptive_avg_pool2d(pixels.float(), means.shape[-2:])  # (B, 3, h, w)
+    return F.mse_loss(means[:, :3] / THUMBNAIL_SCALE, small)
 
 
 def crops(pictures: Pictures, settings: VaeSettings, step: int) -> Tensor:
@@ -115,7 +125,7 @@ def read_vae(work: Work) -> AutoencoderKL:
 
 
 def encode(vae: AutoencoderKL, pixels: Tensor, batch_size: int = 32) -> Tensor:
-    """Means of the latents (B, 4, 16, 16) of pixels (B, 3, 128, 128) in [-1, 1], not scaled."""
+    """Means of the latents (B, 8, 16, 16) of pixels (B, 3, 128, 128) in [-1, 1], not scaled."""
     parts = [
         vae.encode(part.contiguous(memory_format=torch.channels_last)).latent_dist.mean for part in pixels.split(batch_size)
     ]

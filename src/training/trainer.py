@@ -171,7 +171,7 @@ class Trainer:
         config.model.device = str(device) if device.type == "cuda" else device.type  # several processes count CPUs, too
         started = time.monotonic()
         model = base_models.load(config)
-        if model.pipeline.unet.config.in_channels != 4:
+        if model.pipeline.unet.config.in_channels == 9:
             raise refused(f"{model.name}: is an inpainting model; train on the model it was made from")
         self.say(
             f"model   {model.name} ({model.family}), {model.precision} on {model.device}, {time.monotonic() - started:.1f} s"
