@@ -223,8 +223,8 @@ def test_stable_diffusion_cpp_is_timed_by_what_it_prints(tmp_path) -> None:
 
 
 def test_designs_are_timed_with_their_counted_work(tmp_path, monkeypatch) -> None:
-    tiny = {"channels": (16, 32), "head_width": 8, "batch_size": 2}
-    monkeypatch.setattr(designs, "DESIGNS", {"narrow": ((4, 8), tiny), "wide": ((4, 8), tiny | {"channels": (32, 64)})})
+    tiny = {"channels": (32, 64), "head_width": 8, "batch_size": 2}
+    monkeypatch.setattr(designs, "DESIGNS", {"narrow": ((4, 8), tiny), "wide": ((4, 8), tiny | {"channels": (64, 128)})})
     narrow, wide = (row for row in designs.run(tmp_path) if isinstance(row, dict))
     assert (narrow[""], wide[""]) == ("narrow", "wide")
     assert 3 < wide["GFLOP forward"] / narrow["GFLOP forward"] < 5  # twice as wide: about four times the products
