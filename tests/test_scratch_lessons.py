@@ -165,6 +165,12 @@ def test_a_network_that_knows_all_has_no_loss_and_dropped_captions_are_the_empty
     assert seen == [[0, 3, 2, 0, 3, 2]]
 
 
+def test_the_weights_are_min_snr_with_a_floor() -> None:
+    half = NoiseSchedule(torch.tensor([0.9, 0.5, 0.01]), "v_prediction")  # SNR 9, 1 and 1 / 99
+    weights = unet.weights_of(half, torch.tensor([0, 1, 2]), UnetSettings(snr_gamma=5, snr_floor=0.25))
+    assert weights.tolist() == pytest.approx([5.25 / 10, 1.25 / 2, (1 / 99 + 0.25) / (100 / 99)])
+
+
 @pytest.mark.parametrize("scale", [2.0, 4.5])
 def test_the_contrastive_loss_is_exact_under_autocast(scale: float) -> None:
     """As in fp64: a logit of 90 has steps of a half in bf16."""

@@ -2,7 +2,7 @@
 
     x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e          latents x_0 (B, 8, 16, 16), noise e of the same shape, t in 0 .. 999
     v_t = sqrt(a_t) e - sqrt(1 - a_t) x_0          what the network gives; e = sqrt(a_t) v_t + sqrt(1 - a_t) x_t follows from it
-    loss = w_t |v_t - v'(x_t, t, caption)|^2       w_t: min-SNR (Hang et al. 2023); the caption is empty one time in ten
+    loss = w_t |v_t - v'(x_t, t, caption)|^2       w_t: see `weights_of`; the caption is empty one time in ten
 
 Predicting v (Salimans and Ho 2022, arXiv 2202.00512) and predicting e is the same under these weights but for what the network
 must be exact in: where nearly all is noise, v is the picture, e a copy of the input with a small difference that matters. There
@@ -153,8 +153,17 @@ def loss_of(
     target = diffusion.target(schedule, latents, noise, timesteps)  # v_t = sqrt(a_t) e - sqrt(1 - a_t) x_0
     noisy = noisy.contiguous(memory_format=torch.channels_last)
     predicted = unet(noisy, timesteps, captions.to(device).float(), return_dict=False)[0]  # v' (B, 8, 16, 16)
-    weights = diffusion.loss_weights(schedule, timesteps, settings.snr_gamma)  # w_t = min(SNR_t, gamma) / (SNR_t + 1), (B,)
+    weights = weights_of(schedule, timesteps, settings)  # w_t (B,)
     return diffusion.weighted_loss(predicted, target, weights).mean()  # w_t |v_t - v'|^2
+
+
+def weights_of(schedule: NoiseSchedule, timesteps: Tensor, settings: UnetSettings) -> Tensor:
+    """(min(SNR, gamma) + floor) / (SNR + 1) of each timestep, (B,): min-SNR (Hang et al. 2023) with a floor.
+
+    Without it next to nothing is learnt of what is decided where SNR is small: which colours, and where things stand.
+    """
+    floor = settings.snr_floor / (schedule.snr[timesteps] + 1)
+    return diffusion.loss_weights(schedule, timesteps, settings.snr_gamma) + floor
 
 
 def gather(work: Work, settings: ScratchSettings, split: str, autoencoder: torch.nn.Module, terminal: Terminal) -> Material:
