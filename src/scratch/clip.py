@@ -67,10 +67,14 @@ class Pupil(nn.Module):
         self.naming = nn.Linear(clip.config.text_config.hidden_size, sum(map(len, QUESTIONS.values())))
 
 
+def by_question(logits: Tensor) -> tuple[Tensor, ...]:
+    """(B, all possible answers) -> for each question (B, its answers), in fp32."""
+    return logits.float().split([len(possible) for possible in QUESTIONS.values()], dim=1)
+
+
 def naming_loss(logits: Tensor, answered: Tensor) -> Tensor:
     """The mean cross-entropy of all questions: logits (B, all possible answers), the right ones (B, questions)."""
-    each = logits.float().split([len(possible) for possible in QUESTIONS.values()], dim=1)
-    return torch.stack([F.cross_entropy(own, right) for own, right in zip(each, answered.unbind(1))]).mean()
+    return torch.stack([F.cross_entropy(own, right) for own, right in zip(by_question(logits), answered.unbind(1))]).mean()
 
 
 def tokens_of(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
@@ -115,9 +119,8 @@ def learn_clip(work: Work, settings: ScratchSettings, terminal: Terminal) -> dic
         ids = tokens_of(tokenizer, judging.captions).to(device)
         output = clip(input_ids=ids, pixel_values=judging.floats(slice(None)).to(device))
         found, possible = top1(output.text_embeds.float(), output.image_embeds.float(), judging.captions)
-        logits = pupil.naming(output.text_model_output.last_hidden_state[:, -1]).float()
-        each = logits.split([len(possible) for possible in QUESTIONS.values()], dim=1)
-        named = torch.stack([own.argmax(dim=1) for own in each], dim=1).cpu()
+        logits = pupil.naming(output.text_model_output.last_hidden_state[:, -1])
+        named = torch.stack([own.argmax(dim=1) for own in by_question(logits)], dim=1).cpu()
         right = (named == torch.tensor([answers(scene) for scene in judging.scenes])).all(dim=1)
         return {f"top1_in_{len(judging)}": found, "possible": possible, "named": float(right.float().mean())}, None
 
