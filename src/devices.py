@@ -21,6 +21,13 @@ from src.processes import Processes
 NVML_LIBRARY = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
 NAME_BYTES = 96  # NVML_DEVICE_NAME_V2_BUFFER_SIZE
 BF16_FLAGS = {"amx_bf16", "avx512_bf16"}
+VECTORS = {
+    "amx_bf16": "AMX",
+    "avx512_bf16": "AVX512-BF16",
+    "avx512f": "AVX-512",
+    "avx2": "AVX2",
+    "asimd": "NEON",
+}  # widest first
 
 
 @dataclass(frozen=True)
@@ -148,9 +155,20 @@ def cpu_has_bf16(cpuinfo: str | None = None) -> bool:
 
     False where there is no such file: the model loader asks torch again, this answer only precedes it.
     """
+    return not BF16_FLAGS.isdisjoint(_cpu_flags(cpuinfo))
+
+
+def cpu_vectors(cpuinfo: str | None = None) -> str | None:
+    """The widest arithmetic of the CPU by the flags of /proc/cpuinfo, such as "AVX2"; None where nothing says it."""
+    flags = _cpu_flags(cpuinfo)
+    return next((name for flag, name in VECTORS.items() if flag in flags), None)
+
+
+def _cpu_flags(cpuinfo: str | None) -> set[str]:
     text = _read_text("/proc/cpuinfo") if cpuinfo is None else cpuinfo
-    flags = next((line.partition(":")[2] for line in text.splitlines() if line.startswith("flags")), "")
-    return not BF16_FLAGS.isdisjoint(flags.split())
+    return set(
+        next((line.partition(":")[2] for line in text.splitlines() if line.startswith(("flags", "Features"))), "").split()
+    )
 
 
 def _driver_index(ordinal: int, visible: str | None) -> int | None:

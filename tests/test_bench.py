@@ -84,6 +84,7 @@ def test_all_sides_draw_what_is_asked_for(tmp_path) -> None:
 
 def test_speeds_are_told_beside_the_stock_scripts(tmp_path, monkeypatch) -> None:
     """Medians of the rounds; the ratio is that of a picture in a warm process."""
+    monkeypatch.setattr(speed.devices, "cpu_has_bf16", lambda: True)
     seconds = iter([8.0, 6.0, 4.0, 2.0] * 2 + [80.0, 60.0, 40.0, 20.0])
     monkeypatch.setattr(speed, "measure", lambda drawing, python: sides.Measured(1.0, 9.0, next(seconds), 3 * 10**9))
     rows = [row for row in speed.run(tmp_path, full=False) if isinstance(row, dict)]
@@ -93,7 +94,13 @@ def test_speeds_are_told_beside_the_stock_scripts(tmp_path, monkeypatch) -> None
     shutil.rmtree(tmp_path / "embedded")
     seconds = iter([1.0] * 18)
     rivals = [row[""] for row in speed.run(tmp_path, full=False, compiled=True, openvino=tmp_path) if isinstance(row, dict)]
-    assert rivals == [side for side in speed.SIDES if side != "stable-diffusion.cpp f16"]
+    assert rivals == [side for side in speed.sides_of(True) if side != "stable-diffusion.cpp f16"]
+    monkeypatch.setattr(speed.devices, "cpu_has_bf16", lambda: False)  # it would take hours
+    shutil.rmtree(tmp_path / "embedded")
+    seconds = iter([1.0] * 12)
+    *rows, said = speed.run(tmp_path, full=False, compiled=True)
+    assert [row[""] for row in rows if isinstance(row, dict)] == ["stock fp32", "compiled fp32", "ours fp32"]
+    assert "does not multiply bf16" in said
 
 
 def test_on_a_card_each_row_of_the_budget_is_drawn_under_its_cap(tmp_path, monkeypatch) -> None:

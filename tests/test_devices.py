@@ -14,6 +14,7 @@ from src.devices import (
     Card,
     available_memory_bytes,
     cpu_has_bf16,
+    cpu_vectors,
     detect_card,
     detect_cards,
     pick_device,
@@ -159,17 +160,20 @@ def test_this_machine_answers_plausibly():
 
 
 @pytest.mark.parametrize(
-    ("flags", "expected"),
+    ("flags", "has_bf16", "vectors"),
     [
-        ("fpu sse2 avx512f amx_bf16 amx_tile amx_int8", True),
-        ("fpu avx512f avx512_bf16", True),
-        ("fpu sse2 avx2 avx512f", False),
-        ("fpu avx512_bf16x no_amx_bf16", False),
-        ("", False),
+        ("fpu sse2 avx2 avx512f avx512_bf16 amx_bf16 amx_tile amx_int8", True, "AMX"),
+        ("fpu avx2 avx512f avx512_bf16", True, "AVX512-BF16"),
+        ("fpu sse2 avx2 avx512f", False, "AVX-512"),
+        ("fpu sse2 avx avx2", False, "AVX2"),
+        ("fpu avx512_bf16x no_amx_bf16", False, None),
+        ("", False, None),
     ],
 )
-def test_bf16_is_read_from_the_cpu_flags(flags, expected):
-    assert cpu_has_bf16(f"processor\t: 0\nmodel name\t: amx_bf16 in a name\nflags\t\t: {flags}\nbugs\t\t: none\n") is expected
+def test_what_a_cpu_multiplies_is_read_from_its_flags(flags, has_bf16, vectors):
+    text = f"processor\t: 0\nmodel name\t: amx_bf16 in a name\nflags\t\t: {flags}\nbugs\t\t: none\n"
+    assert (cpu_has_bf16(text), cpu_vectors(text)) == (has_bf16, vectors)
+    assert cpu_vectors("processor\t: 0\nFeatures\t: fp asimd bf16\n") == "NEON"
 
 
 def test_asking_imports_nothing_heavy():

@@ -20,7 +20,7 @@ FIRST_COLUMN = 34  # characters
 
 
 def device_name(on_card: bool = False) -> str:
-    """The CPU's name with its number of cores; ``on_card``: the card's, where there is one."""
+    """The CPU's name with its arithmetic, which a rented machine's name may hide, and cores; ``on_card``: a card's, if any."""
     cards = devices.detect_cards() if on_card else []
     if cards:
         return cards[0].name
@@ -29,6 +29,7 @@ def device_name(on_card: bool = False) -> str:
     if cpuinfo.is_file():
         found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text(encoding="utf-8", errors="replace"))
         model = found[1].strip() if found else model
+    model += f" ({vectors})" if (vectors := devices.cpu_vectors()) else ""
     return f"{model}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
 
 

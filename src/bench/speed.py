@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
+from src import devices
 from src.bench import random_models, sdcpp_side
 from src.bench.report import Row
 from src.bench.sides import Drawing, Measured, measure
@@ -17,7 +18,7 @@ from src.errors import usage_error
 from src.model_files import EMBEDDED
 
 STEPS = 20
-SIDES = ("stock fp32", "stock bf16", "compiled bf16", "OpenVINO bf16", "stable-diffusion.cpp f16", "ours fp32", "ours bf16")
+STOCK = "stock fp32"
 
 
 def run(
@@ -35,7 +36,7 @@ def run(
     if sdcpp is not None and not full:
         raise usage_error("--sdcpp needs --full: stable-diffusion.cpp knows the shapes of well-known models only")
     left_out = {"compiled": not compiled, "OpenVINO": openvino is None, "stable-diffusion.cpp": sdcpp is None}
-    sides = [side for side in SIDES if not left_out.get(side.split()[0])]
+    sides = [side for side in sides_of(devices.cpu_has_bf16()) if not left_out.get(side.split()[0])]
     yield f"{name}, {size_px} px, {STEPS} steps, guidance on, batch size 1; median of {rounds} rounds in turn; ratio by next s"
     times: dict[str, list[Measured]] = {side: [] for side in sides}
     for _ in range(rounds):
@@ -51,16 +52,25 @@ def run(
     if openvino is not None:
         (rival,) = {run.plan for side in sides if side.startswith("OpenVINO") for run in times[side]}
         yield f"{rival} by optimum-intel, static shapes, in the precision it chooses; all sides sample with DPM++ 2M"
+    if not devices.cpu_has_bf16():
+        yield "this CPU does not multiply bf16, and takes hours to imitate it: those sides are left out"
     if sdcpp is not None:
         (options,) = {run.plan for run in times["stable-diffusion.cpp f16"]}
         yield f"stable-diffusion.cpp with {options}, one picture"
+
+
+def sides_of(has_bf16: bool) -> tuple[str, ...]:
+    """All that can be measured, program and precision; bf16 where the CPU multiplies it."""
+    best = "bf16" if has_bf16 else "fp32"
+    rivals = (f"compiled {best}", f"OpenVINO {best}", "stable-diffusion.cpp f16")
+    return (STOCK, "stock bf16", *rivals, "ours fp32", "ours bf16") if has_bf16 else (STOCK, *rivals, "ours fp32")
 
 
 def _row(side: str, times: dict[str, list[Measured]]) -> Row:
     load_s, first_s, next_s, peak_bytes = (
         statistics.median(getattr(run, field) for run in times[side]) for field in ("load_s", "first_s", "next_s", "peak_bytes")
     )
-    stock_s = statistics.median(run.next_s for run in times[SIDES[0]])
+    stock_s = statistics.median(run.next_s for run in times[STOCK])
     return {
         "": side, "load s": load_s, "first s": first_s, "next s": next_s, "peak GB": peak_bytes / 1e9,
         "times as fast": stock_s / next_s,
