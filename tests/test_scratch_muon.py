@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from src.scratch import muon
 from src.scratch.muon import Muon, orthogonal, parameter_groups
 from src.training.optimizers import pack_state, unpack_state
 
@@ -57,6 +58,16 @@ def test_singular_values_become_alike_and_directions_stay() -> None:
     assert float(inner.diagonal().min()) > 0.6
     assert float(inner.diagonal().max()) < 1.3
     assert float((inner - torch.diag(inner.diagonal())).abs().max()) < 0.1
+
+
+@pytest.mark.parametrize("shape", [(16, 32), (24, 216), (216, 24)])
+def test_wide_matrices_take_the_short_way_to_the_same_place(shape: tuple[int, int], monkeypatch) -> None:
+    monkeypatch.setattr(muon, "has_fast_bf16", lambda device: False)
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.logspace(0, -3, shape[1]))
+    short = muon.orthogonal(matrix)
+    x = (matrix.T if shape[0] > shape[1] else matrix).double()
+    x = muon._iterated(x / x.norm())
+    assert torch.allclose(short, (x.T if shape[0] > shape[1] else x).float(), atol=1e-4)
 
 
 def test_groups_hold_every_parameter_once_and_first_layers_are_adamws() -> None:
