@@ -13,6 +13,8 @@ from src import evaluate
 from src.evaluation import figures, inputs, metrics, quality_report
 from src.evaluation.features import ClipFeatures, extract
 from src.evaluation.figures import Seen
+from src.evaluation.skills import choose
+from src.scenes import drawing
 from src.terminal import Terminal
 from tests.tiny.clips import save_clip
 
@@ -189,6 +191,18 @@ def test_a_real_picture_that_is_there_twice_has_no_closeness() -> None:
     one, other = quality_report.copies(Seen("CLIP", real, generated))
     assert (one.generated, one.closeness) == (1, pytest.approx(1 / 9))
     assert (other.generated, other.closeness) == (0, None)
+
+
+def test_held_out_scenes_are_drawn_where_they_are_asked_for(folders, clip_folder, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run((Path("scenes"), folders[1]), "--clip", clip_folder, "--output", tmp_path / "out", "--max-pictures", 8) == 0
+    drawn = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "out" / "real").glob("*.png"))]
+    expected = [np.asarray(drawing.draw(scene)) for scene in choose(8, 0, "both")]
+    assert all(np.array_equal(one, other) for one, other in zip(drawn, expected, strict=True))
+    assert json.loads((tmp_path / "out" / "result.json").read_bytes())["real"]["pictures"] == 8
+    (tmp_path / "scenes").mkdir()  # a folder of that name is what is meant
+    assert run((Path("scenes"), folders[1]), "--clip", clip_folder, "--output", tmp_path / "out") != 0
+    assert "no pictures in it" in capsys.readouterr().err
 
 
 # --- prompts and pictures --------------------------------------------------------------------------------------------------

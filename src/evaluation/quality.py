@@ -13,6 +13,8 @@ from src.arguments import build_config
 from src.errors import ExitCode, not_found, usage_error
 from src.evaluation import inputs
 from src.files import check_writable_folder
+from src.folders import publish_folder
+from src.images import encode_png
 from src.request import user_path
 from src.terminal import Terminal, counted
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
     from src.evaluation.figures import Figure, Seen
 
+SCENES = "scenes"  # --real: not a folder, but what the project draws itself
 SUMMARY = "two folders of pictures: FID, KID, CMMD, CLIP score, precision, recall, copies"
 
 _NO_CLIP = "no CLIP is given, and none with an image tower is on this disk"
@@ -56,7 +59,11 @@ class Comparison:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this verb."""
     add = parser.add_argument
-    add("--real", metavar="DIR", required=True, help="pictures of the world: held-out ones, never those that were learnt")
+    add(
+        "--real", metavar="DIR", required=True,
+        help="pictures of the world: held-out ones, never those that were learnt; scenes: held-out scenes, as many as there "
+        "are generated pictures, drawn into OUTPUT/real",
+    )  # fmt: skip
     add("--generated", metavar="DIR", required=True, help="pictures of the model")
     add("--clip", metavar="FOLDER", help="a CLIPModel folder of transformers (default: the first on this disk)")
     add("--inception", metavar="FILE", help="FID's Inception v3 as .safetensors, for FID, KID and inception score")
@@ -94,15 +101,18 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> int:
 
 def read_comparison(options: argparse.Namespace, say: Callable[[str], None]) -> Comparison:
     """Check what was typed, without torch. Raises UserError."""
-    real, generated = user_path(options.real), user_path(options.generated)
+    generated, is_drawn = user_path(options.generated), options.real == SCENES and not user_path(SCENES).exists()
+    real = user_path(options.output) / "real" if is_drawn else user_path(options.real)
     if options.max_pictures is not None and options.max_pictures < 1:
         raise usage_error(f"--max-pictures {options.max_pictures}: give 1 or more")
     if options.seed < 0:
         raise usage_error(f"--seed {options.seed}: give 0 or more")
-    sides = [_side(folder, flag, options, say) for folder, flag in ((real, "--real"), (generated, "--generated"))]
     one, other = real.resolve(), generated.resolve()
     if one == other or one in other.parents or other in one.parents:
         raise usage_error(f"--real {real} and --generated {generated} share pictures; name folders apart from each other")
+    if is_drawn:
+        _draw_scenes(real, _side(generated, "--generated", options, lambda line: None))
+    sides = [_side(folder, flag, options, say) for folder, flag in ((real, "--real"), (generated, "--generated"))]
     if options.clip is not None and not user_path(options.clip).is_dir():  # before torch is imported
         raise not_found(f"--clip {options.clip}: no such folder; name a CLIPModel folder of transformers")
     inception = None if options.inception is None else user_path(options.inception)
@@ -120,6 +130,16 @@ def read_comparison(options: argparse.Namespace, say: Callable[[str], None]) -> 
         prompts = inputs.prompts_of(generated, sides[1].pictures, options.prompts)
     output = check_writable_folder(user_path(options.output))
     return Comparison(*sides, clip, inception, prompts, options.seed, options.device, output)
+
+
+def _draw_scenes(folder: Path, generated: Side) -> None:
+    """As many scenes as there are generated pictures, those that `adherence` asks for, in place of what was drawn before."""
+    from src.evaluation.skills import choose
+    from src.scenes.drawing import draw
+
+    scenes = choose(len(generated.pictures), 0, "both")
+    check_writable_folder(folder.parent)
+    publish_folder(folder, {f"{index:05}.png": encode_png(draw(scene), {}) for index, scene in enumerate(scenes)})
 
 
 def _clip_folder(named: str | None) -> Path | None:
