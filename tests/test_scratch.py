@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from src.config import AppConfig
@@ -112,10 +113,12 @@ def test_the_card_tells_recipe_and_figures(made: Path) -> None:
 
 
 def test_each_phase_leaves_curves_pictures_and_a_report(made: Path) -> None:
-    for phase in ("vae", "clip", "unet"):
+    for phase in ("scenes", "vae", "clip", "unet"):
         page = (made / "work" / phase / "report.html").read_text()
-        assert "loss" in page
+        assert ("loss" in page) == (phase != "scenes")
+        assert page.count("data:image/") >= 1
         assert "https:" not in page
+    for phase in ("vae", "clip", "unet"):
         records = [json.loads(line) for line in (made / "work" / phase / "log.jsonl").read_text().splitlines()]
         assert [record["step"] for record in records if record["kind"] == "validation"][-1] == 4
     sheet = Image.open(made / "work" / "vae" / "samples" / "step-000004.png")
@@ -244,6 +247,50 @@ def test_settings_come_from_files_and_flags() -> None:
     assert read_settings({"set": ["unet.channels=32,64"]}, "all").unet.channels == (32, 64)
     for phase in ("vae", "clip", "unet"):  # the files show the recipe that ships, and may not drift from it
         assert read_settings({"config": [f"scratch/{phase}"]}, phase) == ScratchSettings()
+
+
+# -- going on with a model that was assembled
+
+
+def test_an_assembled_model_is_unpacked_and_its_unet_goes_on(made: Path, tmp_path: Path, capsys) -> None:
+    model, work = made / "model", ["--work", str(tmp_path / "work")]
+    assert main(["unpack", "--model", str(model), *work]) == ExitCode.NOT_FOUND  # of what it learnt from
+    assert "run python -m src.scratch scenes" in capsys.readouterr().err
+    assert main(["scenes", "--set", "count=41", "--set", "held_out=32", *work]) == 0
+    assert main(["unpack", "--model", str(model), *work]) == ExitCode.USAGE
+    assert "other scenes; run python -m src.scratch scenes --set count=40" in capsys.readouterr().err
+    shutil.copytree(made / "work" / "scenes", tmp_path / "work" / "scenes", dirs_exist_ok=True)
+    assert main(["unpack", "--model", str(model), *work]) == 0
+    for phase in ("tokenizer", "vae", "clip", "unet"):
+        before, after = (Work(folder, print).result(phase) for folder in (made / "work", tmp_path / "work"))
+        assert {name: after.read(name) for name in after.files} == {name: before.read(name) for name in before.files}
+        assert all(after.facts[part] == before.facts[part] for part in ("settings", "figures"))
+    capsys.readouterr()
+    assert main(["all", *work, "--out", str(tmp_path / "more"), *arguments(**{"unet.begin_from": model, "unet.steps": 1})]) == 0
+    assert "vae       is done" in capsys.readouterr().err
+    old, new = (json.loads((folder / "card.json").read_text()) for folder in (model, tmp_path / "more"))
+    assert new["phases"]["unet"]["figures"]["samples"] == old["phases"]["unet"]["figures"]["samples"] + 2
+    weights = [
+        load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"].float()
+        for folder in (model, tmp_path / "more")
+    ]
+    assert 0 < float((weights[1] - weights[0]).abs().max()) < 1e-3  # one step of warm-up from where it was, not from anew
+
+
+def test_what_cannot_be_unpacked_or_gone_on_from_is_said(made: Path, copied: Path, tmp_path: Path, capsys) -> None:
+    def said(*words: object) -> str:
+        assert main([*map(str, words), "--work", str(copied)]) != 0
+        return capsys.readouterr().err
+
+    assert "a model that python -m src.scratch assembled has one" in said("unpack", "--model", tmp_path)
+    shutil.copytree(made / "model", tmp_path / "model")
+    (tmp_path / "model" / "vae" / "config.json").unlink()
+    assert "vae/config.json: is not there, but its card names it" in said("unpack", "--model", tmp_path / "model")
+    (tmp_path / "model" / "card.json").write_text("[]")
+    assert "is no card of" in said("unpack", "--model", tmp_path / "model")
+    assert "--seed changes nothing for unpack" in said("unpack", "--seed", 1)
+    wider = arguments(**{"unet.begin_from": made / "model", "unet.channels": "32,32"})
+    assert "its U-Net is of another build" in said("unet", "--restart", *wider)
 
 
 # -- pictures and the latent space's tools

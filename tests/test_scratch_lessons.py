@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,11 @@ from transformers import CLIPTokenizer
 from src import diffusion
 from src.diffusion import NoiseSchedule
 from src.errors import UserError
+from src.scenes import grammar
 from src.scenes.facts import QUESTIONS
 from src.scratch import clip, learning, tokenizer, unet, vae
 from src.scratch.learning import Lesson, learn, learning_rate
+from src.scratch.pictures import Pictures
 from src.scratch.settings import MachineSettings, TokenizerSettings, UnetSettings, VaeSettings
 from src.terminal import Terminal
 
@@ -194,6 +197,17 @@ def test_top1_counts_who_finds_its_own() -> None:
     images = torch.eye(4)
     assert clip.top1(images, images, list("abcd")) == (1.0, 1.0)
     assert clip.top1(images[[1, 0, 2, 3]], images, list("abca")) == (0.5, 0.75)
+
+
+def test_the_nearest_pictures_are_shown_beside_each_captions_own() -> None:
+    scenes = list(islice(grammar.scenes(0, "train"), 5))
+    pixels = torch.stack([torch.full((3, 128, 128), 40 * shade, dtype=torch.uint8) for shade in range(5)])
+    texts, images = torch.eye(5), torch.eye(5)[[1, 0, 2, 3, 4]]  # the first two take each other's picture
+    sheet = clip.nearest(texts, images, Pictures(scenes, pixels))
+    rows = [[sheet.getpixel((150 + 260 * column, 100 + 278 * row))[0] for column in range(5)] for row in range(5)]
+    assert [row[0] for row in rows] == [0, 40, 80, 120, 160]  # its own
+    assert [row[1] for row in rows] == [40, 0, 80, 120, 160]  # the nearest
+    assert all(len(set(row[1:])) == 4 for row in rows)
 
 
 def test_the_thumbnail_is_the_mean_of_each_square() -> None:

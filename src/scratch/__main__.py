@@ -16,14 +16,18 @@ from src.terminal import Terminal
 
 USAGE = "python -m src.scratch all|PHASE [options]"
 TOOLS = ("interpolate", "reconstruct", "around")
+UNPACK = "unpack"
 DESCRIPTION = f"""Train a small Stable Diffusion from random weights on pictures that are drawn here.
 
 phases: {", ".join(PHASES)}; each needs those before it. "all" does what is not done yet, so the same command goes on
-after Ctrl-C or a kill. tools for the latent space: {", ".join(TOOLS)}; each writes one PNG."""
+after Ctrl-C or a kill. tools for the latent space: {", ".join(TOOLS)}; each writes one PNG.
+{UNPACK}: the parts of a model that was assembled become phases again, so that its U-Net can go on learning."""
 EPILOG = """examples:
   python -m src.scratch all --out models/embedded          the model that ships: hours on two cores, minutes on a card
   python -m src.scratch all --quick                        the lesson: 20 minutes on two cores
   python -m src.scratch vae --set steps=3000 --restart     one phase anew, with other numbers
+  python -m src.scratch unpack --model models/embedded --work outputs/more     after: scenes --work outputs/more; then
+  python -m src.scratch unet --work outputs/more --set begin_from=models/embedded --set steps=2000
   python -m src.scratch interpolate --model models/embedded --prompt "a red circle on a white background" \\
       --prompt "a blue star on a white background"
   python -m src.scratch interpolate --picture a.png --picture b.png
@@ -68,8 +72,9 @@ def _run(argv: Sequence[str], terminal: Terminal) -> int:
         print(command_line().help_text())
         return ExitCode.OK
     verb = typed.get("words")
-    if verb not in ("all", *PHASES, *TOOLS):
-        raise usage_error(f"'{verb or ''}' is no phase; choose all, {', '.join(PHASES)}, or a tool: {', '.join(TOOLS)}")
+    if verb not in ("all", *PHASES, *TOOLS, UNPACK):
+        tools = ", ".join((*TOOLS, UNPACK))
+        raise usage_error(f"'{verb or ''}' is no phase; choose all, {', '.join(PHASES)}, or a tool: {tools}")
     _check_flags(typed, verb)
     if verb in TOOLS:
         from src.scratch import latent_space
@@ -86,6 +91,13 @@ def _run(argv: Sequence[str], terminal: Terminal) -> int:
     from src.scratch.learning import device_of
     from src.scratch.phases import Work
 
+    if verb == UNPACK:
+        from src.scratch.assemble import unpack
+
+        model = Path(typed.get("model", "models/embedded")).expanduser()
+        unpack(model, Work(work_folder, terminal.say))
+        terminal.say(f"{model}: its parts are in {work_folder}")
+        return ExitCode.OK
     device_of(settings.machine)  # refused now if it is not there, not after an hour
     work = Work(work_folder, terminal.say)
     out = Path(typed.get("out", work_folder / "model")).expanduser()
@@ -106,7 +118,8 @@ def _check_flags(typed: dict[str, Any], verb: str) -> None:
     """Refuse flags that would change nothing."""
     groups = ("folders", "answers", "tools" if verb in TOOLS else "recipe")
     known = {flag.names[0].removeprefix("--") for name in groups for flag in FLAGS[name]} | {"words"}
-    for name in sorted(typed.keys() - known | (typed.keys() & {"work"} if verb in TOOLS else set())):
+    known = {"model", "work", "words", "debug"} if verb == UNPACK else known - ({"work"} if verb in TOOLS else set())
+    for name in sorted(typed.keys() - known):
         hint = "; the training's is --set unet.seed=N" if name == "seed" else ""
         raise usage_error(f"--{name} changes nothing for {verb}{hint}")
 

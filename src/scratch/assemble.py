@@ -1,22 +1,25 @@
-"""The last phase: the parts become one folder that any program for Stable Diffusion loads, with a card of how it was made."""
+"""The last phase: the parts become one folder that any program for Stable Diffusion loads, with a card of how it was made.
+
+`unpack` is its inverse: the parts of such a folder become phases again, to go on from.
+"""
 
 from __future__ import annotations
 
 import json
-import platform
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from src import folders
-from src.errors import refused
-from src.scenes import grammar
-from src.scratch.phases import Work, settings_of
+from src.checkpoints import CheckpointFolder
+from src.errors import refused, usage_error
+from src.scratch.card import CARD, PAGE, SAMPLES, make_card, page_of, read_card
+from src.scratch.phases import Work
 from src.scratch.settings import ScratchSettings
+from src.scratch.tokenizer import TOKENIZER_FILES
 from src.terminal import Terminal
 
 MAX_BYTES = 40 << 20
-CARD, PAGE, SAMPLES = "card.json", "README.md", "samples.png"
 PARTS = {"unet": "unet", "vae": "vae", "tokenizer": "tokenizer", "clip": "clip"}  # folder: phase
 INDEX = {
     "_class_name": "StableDiffusionPipeline", "feature_extractor": [None, None], "image_encoder": [None, None],
@@ -59,6 +62,42 @@ def assemble(work: Work, settings: ScratchSettings, out: Path, terminal: Termina
     return card
 
 
+def unpack(model: Path, work: Work) -> None:
+    """Publish the parts of a model that was assembled as phases in ``work``, whose scenes are those that it learnt from.
+
+    Raises UserError: not found or refused for a folder that was not assembled, usage for other scenes, or another format.
+    """
+    card = read_card(model)
+    drawn, learnt = work.result("scenes").facts["settings"], card["phases"]["scenes"]["settings"]
+    if drawn != learnt:
+        asked = " ".join(f"--set {name}={value}" for name, value in learnt.items())
+        raise usage_error(
+            f"{work.of('scenes')}: are other scenes; run python -m src.scratch scenes {asked} --work {work.folder}"
+        )
+    for phase in ("tokenizer", "vae", "clip", "unet"):
+        contents = {}
+        for name in card["files"]:
+            if (own := _name_in(phase, name)) is not None:
+                contents[own] = (model / name).read_bytes()
+        part = card["phases"][phase]
+        inputs = work.inputs(phase)
+        facts = {"settings": part["settings"], "inputs": inputs, "figures": part["figures"]}
+        CheckpointFolder(work.of(phase), work.say).publish("final", contents, facts)
+
+
+def _name_in(phase: str, name: str) -> str | None:
+    """What a file of an assembled model is called in its phase; None for a file of another."""
+    if name in (CARD, PAGE, "model_index.json"):
+        return None
+    folder, _, rest = name.partition("/")
+    if name == SAMPLES or folder == "scheduler":
+        return name if phase == "unet" else None
+    if folder == "text_encoder":
+        return f"text/{rest}" if phase == "clip" else None
+    is_own = PARTS.get(folder) == phase and (phase == "tokenizer" or rest not in TOKENIZER_FILES)
+    return rest if is_own else None
+
+
 def _not_ours(out: Path) -> str | None:
     """Why what lies there may not be replaced: it was not made here, or something was added. None if it may."""
     try:
@@ -67,37 +106,3 @@ def _not_ours(out: Path) -> str | None:
         return "was not made by this command"
     found = {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()}
     return f"holds {min(found - known)!a}, which this command did not write" if found - known else None
-
-
-def make_card(work: Work, inputs: dict[str, str], names: list[str]) -> dict[str, Any]:
-    """Recipe and figures of every phase, versions, and the names of all files."""
-    results = {phase: work.result(phase) for phase in inputs}
-    usual = ScratchSettings()
-    changed = [
-        f"--set {phase}.{name}={','.join(map(str, value)) if isinstance(value, list) else value}"
-        for phase, one in results.items()
-        for name, value in one.facts["settings"].items()
-        if value != settings_of(usual, phase)[name]
-    ]
-    return {
-        "name": "a small Stable Diffusion, from nothing", "license": "MIT",
-        "command": " ".join(["python -m src.scratch all", *changed]), "files": sorted(names),
-        "phases": {phase: {part: one.facts[part] for part in ("settings", "figures")} for phase, one in results.items()},
-        "made_with": {name: version(name) for name in ("torch", "diffusers", "transformers")} | {"machine": platform.machine()},
-    }  # fmt: skip
-
-
-def page_of(card: dict[str, Any]) -> str:
-    """The card for people, in the form of the hub's model cards."""
-    lines = [
-        "---", "license: mit", "library_name: diffusers", "pipeline_tag: text-to-image", "---", "", f"# {card['name']}", "",
-        "Trained from random weights, on pictures that the project draws itself (128 x 128 px). An ordinary Stable Diffusion",
-        "folder, with its CLIP. What it understands, with 8 shapes and 12 colours:", "",
-        "```text", *(line.strip() for line in (grammar.__doc__ or "").splitlines() if line.startswith("    ")), "```", "",
-        f"![pictures and their prompts]({SAMPLES})", "", f"Made by `{card['command']}`; `card.json` has every setting.", "",
-        "| phase | figures |", "| --- | --- |",
-    ]  # fmt: skip
-    for phase, one in card["phases"].items():
-        told = ", ".join(f"{name} {value:.4g}" for name, value in one["figures"].items() if isinstance(value, (int, float)))
-        lines.append(f"| {phase} | {told} |")
-    return "\n".join(lines) + "\n"

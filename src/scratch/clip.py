@@ -19,18 +19,21 @@ import math
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from src.images import contact_sheet
 from src.scenes.facts import QUESTIONS, answers
 from src.scenes.grammar import SIZE_PX
 from src.scratch.learning import Lesson, device_of, learn, precision_of
 from src.scratch.phases import Work
-from src.scratch.pictures import read_pictures
+from src.scratch.pictures import Pictures, read_pictures
 from src.scratch.settings import ClipSettings, ScratchSettings
 from src.scratch.tokenizer import read_tokenizer
 from src.terminal import Terminal
 
+SHOWN, NEAREST = 6, 4  # captions in the report, and pictures that are found for each
 JUDGED = 128  # pictures among which each caption looks for its own
 MAX_SCALE = math.log(100)  # of the temperature, as in the paper
 
@@ -90,6 +93,19 @@ def top1(texts: Tensor, images: Tensor, captions: list[str]) -> tuple[float, flo
     return found, len(set(captions)) / len(captions)
 
 
+def nearest(texts: Tensor, images: Tensor, pictures: Pictures) -> Image.Image:
+    """A row for each of the first captions: its own picture, then those of the highest cosines, with their own captions."""
+    cosines = F.normalize(texts.float(), dim=-1) @ F.normalize(images.float(), dim=-1).t()
+    drawn, cells = pictures.images(), []
+    labels: list[str] = []
+    for row, caption in enumerate(pictures.captions[:SHOWN]):
+        best = cosines[row].topk(min(NEAREST, len(pictures))).indices.tolist()
+        cells += [drawn[index] for index in (row, *best)]
+        labels += [caption, *(f"{cosines[row, index]:.2f}  {pictures.captions[index]}" for index in best)]
+    large = [cell.resize((2 * SIZE_PX, 2 * SIZE_PX), Image.Resampling.LANCZOS) for cell in cells]
+    return contact_sheet(large, labels, columns=len(cells) // min(SHOWN, len(pictures)))
+
+
 def learn_clip(work: Work, settings: ScratchSettings, terminal: Terminal) -> dict[str, float]:
     """Learn both towers, and publish them as a `CLIPModel` and, for the pipeline, its text tower."""
     scenes, device, tokenizer = work.result("scenes"), device_of(settings.machine), read_tokenizer(work)
@@ -115,14 +131,15 @@ def learn_clip(work: Work, settings: ScratchSettings, terminal: Terminal) -> dic
         noted = {"naming": float(naming.detach()), "scale": float(clip.logit_scale.detach().exp())}
         return contrast + settings.clip.naming_weight * naming, noted
 
-    def judge() -> tuple[dict[str, float], None]:
+    def judge() -> tuple[dict[str, float], Image.Image]:
         ids = tokens_of(tokenizer, judging.captions).to(device)
         output = clip(input_ids=ids, pixel_values=judging.floats(slice(None)).to(device))
         found, possible = top1(output.text_embeds.float(), output.image_embeds.float(), judging.captions)
         logits = pupil.naming(output.text_model_output.last_hidden_state[:, -1])
         named = torch.stack([own.argmax(dim=1) for own in by_question(logits)], dim=1).cpu()
         right = (named == torch.tensor([answers(scene) for scene in judging.scenes])).all(dim=1)
-        return {f"top1_in_{len(judging)}": found, "possible": possible, "named": float(right.float().mean())}, None
+        figures = {f"top1_in_{len(judging)}": found, "possible": possible, "named": float(right.float().mean())}
+        return figures, nearest(output.text_embeds.cpu(), output.image_embeds.cpu(), judging)
 
     inputs = work.inputs("clip")
     lesson = Lesson("clip", pupil, settings.clip, loss, judge, {"inputs": inputs})

@@ -1,4 +1,4 @@
-"""``report.html`` of a phase that learns: its curves, what it drew on the way, its figures and settings."""
+"""``report.html`` of a phase: its curves, what it drew on the way, its figures and settings."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from src import report
 from src.errors import UserError
@@ -21,7 +23,8 @@ NOTES = {
     "vae": "Above: pictures that it never saw; below: what came back through the latents. PSNR counts on those. The "
     "Kullback-Leibler term is small on purpose: enough to keep the latents together, not so much that detail is lost.",
     "clip": "top1: how many captions find their own picture first among 128 that were never seen. Captions that are the same "
-    "word for word cannot all: 'possible' is the most that is. The scale is the learned temperature's inverse.",
+    "word for word cannot all: 'possible' is the most that is. The scale is the learned temperature's inverse. Each row of "
+    "samples begins with a caption and its own picture; then come those that the towers find, with cosine and own caption.",
     "unet": "The loss of a step jumps: each draws other noise levels. The held-out loss is measured on other pictures, with "
     "the same noise each time. The pictures are drawn from held-out captions, always from the same noise.",
 }
@@ -47,6 +50,16 @@ def write(name: str, folder: Path, settings: Any, history: History, figures: Map
         report.section("Settings", report.facts({key: str(value) for key, value in asdict(settings).items()})),
     ]
     return publish_bytes(folder / NAME, report.page(f"From nothing: {name}", *parts))
+
+
+def write_scenes(folder: Path, settings: Any, figures: Mapping[str, Any], samples: Image.Image) -> Path:
+    """The same of the scenes, which learn nothing: what was drawn. Raises UserError when the disk says no."""
+    parts = [
+        report.facts(figures),
+        report.section("Samples", report.gallery([report.picture(samples, "held-out scenes", max_px=1600)])),
+        report.section("Settings", report.facts({key: str(value) for key, value in asdict(settings).items()})),
+    ]
+    return publish_bytes(folder / NAME, report.page("From nothing: scenes", *parts))
 
 
 def _samples(folder: Path) -> list[str]:

@@ -17,12 +17,15 @@ from PIL import Image
 from torch import Tensor
 
 from src.checkpoints import Checkpoint
+from src.images import contact_sheet
 from src.scenes.drawing import draw
 from src.scenes.grammar import SIZE_PX, Scene, scenes
+from src.scratch import phase_report
 from src.scratch.phases import Work
 from src.scratch.settings import ScratchSettings
 from src.terminal import Terminal
 
+SHOWN = 36  # in the report
 SHARD = 1000  # scenes that are drawn and kept together
 
 
@@ -39,6 +42,10 @@ class Pictures:
     @property
     def captions(self) -> list[str]:
         return [scene.caption for scene in self.scenes]
+
+    def images(self) -> list[Image.Image]:
+        """All of them as pictures."""
+        return [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in self.pixels]
 
     def floats(self, indices: Tensor | slice) -> Tensor:
         """Some of them as (B, 3, 128, 128) float32 in [-1, 1], as VAEs want them."""
@@ -71,6 +78,10 @@ def draw_scenes(work: Work, settings: ScratchSettings, terminal: Terminal) -> di
         terminal.end_progress()
     figures = {"distinct_captions": len(captions)}
     work.publish("scenes", settings, contents, figures, {})
+    shown = read_pictures(work.result("scenes"), "held-out", SHOWN)
+    large = [one.resize((2 * SIZE_PX, 2 * SIZE_PX), Image.Resampling.LANCZOS) for one in shown.images()]
+    sheet = contact_sheet(large, shown.captions, columns=6)
+    phase_report.write_scenes(work.of("scenes"), settings.scenes, counts | figures, sheet)
     return figures
 
 

@@ -84,6 +84,7 @@ class ClipSettings:
 class UnetSettings:
     """UNet2DConditionModel: tells noise from picture in latents, told the timestep and the caption."""
 
+    begin_from: str | None = None  # a model's folder, whose U-Net goes on learning; else random weights
     channels: tuple[int, ...] = (96, 192)
     layers: int = 1  # of each level downwards, one more upwards
     attention_levels: int = 1  # the innermost so many attend to pixels and caption

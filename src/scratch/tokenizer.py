@@ -19,6 +19,7 @@ from src.scratch.phases import Work
 from src.scratch.settings import ScratchSettings, TokenizerSettings
 from src.terminal import Terminal
 
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 MARK = "</w>"  # of the end of a word
 
@@ -90,10 +91,8 @@ def tokenizer_files(merges: list[tuple[str, str]], settings: TokenizerSettings) 
         "tokenizer_class": "CLIPTokenizer", "model_max_length": settings.length, "do_lower_case": True, "errors": "replace",
         "bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": END,
     }  # fmt: skip
-    return {
-        "vocab.json": json.dumps(numbers, ensure_ascii=False).encode(), "merges.txt": ("\n".join(lines) + "\n").encode(),
-        "tokenizer_config.json": json.dumps(config, indent=2).encode(),
-    }  # fmt: skip
+    texts = (json.dumps(numbers, ensure_ascii=False), "\n".join(lines) + "\n", json.dumps(config, indent=2))
+    return {name: text.encode() for name, text in zip(TOKENIZER_FILES, texts)}
 
 
 def read_tokenizer(work: Work) -> CLIPTokenizer:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import safetensors.torch
 import torch
@@ -28,11 +29,12 @@ from src import diffusion, native
 from src.checkpoints import CheckpointFolder, read_manifest
 from src.cpu_kernels import CpuAttention, is_plain
 from src.diffusion import NoiseSchedule
-from src.errors import UserError
+from src.errors import UserError, usage_error
 from src.evaluation.checking import check
 from src.evaluation.skills import Judged, Scores, choose
 from src.images import contact_sheet, encode_png
 from src.scratch import clip, phase_report, vae
+from src.scratch.card import read_card
 from src.scratch.learning import Lesson, device_of, learn, precision_of
 from src.scratch.phases import Work
 from src.scratch.pictures import read_pictures
@@ -78,6 +80,26 @@ def build(settings: UnetSettings, text_width: int, latents: tuple[int, int]) -> 
     )  # fmt: skip
 
 
+def begin(unet: UNet2DConditionModel, model: str | None) -> int:
+    """Take over the weights of an assembled model, if one is named; returns how many samples they were learnt from.
+
+    Raises UserError: not found or refused for a folder that was not assembled, usage for a U-Net of another build.
+    """
+    if model is None:
+        return 0
+    samples = read_card(Path(model))["phases"]["unet"]["figures"]["samples"]
+    weights = safetensors.torch.load_file(Path(model) / "unet" / "diffusion_pytorch_model.safetensors")
+    own = unet.state_dict()
+    shapes = [{name: tensor.shape for name, tensor in part.items()} for part in (own, weights)]
+    differing = [name for name in {**own, **weights} if shapes[0].get(name) != shapes[1].get(name)]
+    if differing:
+        raise usage_error(
+            f"{model}: its U-Net is of another build ({differing[0]} differs); set unet.channels and so on as it was"
+        )
+    unet.load_state_dict(weights)
+    return int(samples)
+
+
 def prepared(unet: UNet2DConditionModel, device: torch.device) -> UNet2DConditionModel:
     """On its device, with channels last and, on a CPU, attention whose backward pass is fast."""
     unet = unet.to(device, memory_format=torch.channels_last)
@@ -104,6 +126,7 @@ def learn_unet(work: Work, settings: ScratchSettings, terminal: Terminal) -> dic
     scenes = read_pictures(work.result("scenes"), "held-out", min(CHECKED, settings.unet.examined)).scenes
     torch.manual_seed(settings.unet.seed)
     unet = build(settings.unet, training.embeddings.shape[-1], (training.latents.shape[1], training.latents.shape[-1]))
+    samples = begin(unet, settings.unet.begin_from)
     unet = prepared(unet, device)
     step_model = torch.compile(unet) if is_compiled(settings, device) else unet
     schedule = NoiseSchedule.from_config(SCHEDULER).to(device)
@@ -130,6 +153,7 @@ def learn_unet(work: Work, settings: ScratchSettings, terminal: Terminal) -> dic
     lesson = Lesson("unet", unet, settings.unet, loss, judge, {"inputs": inputs})
     figures = learn(lesson, work.of("unet"), settings.machine, terminal)
     figures["parameters"] = sum(item.numel() for item in unet.parameters())
+    figures["samples"] = samples + settings.unet.steps * settings.unet.batch_size
     shares, samples = examine(unet, autoencoder, work, settings, device, terminal)
     figures |= shares
     phase_report.write("unet", work.of("unet"), settings.unet, History(work.of("unet") / "log.jsonl"), figures)

@@ -19,6 +19,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
+from src.evaluation.checking import check
 from src.scenes.grammar import SIZE_PX
 from src.scratch.learning import Lesson, device_of, learn, precision_of
 from src.scratch.phases import Work
@@ -99,7 +100,8 @@ def learn_vae(work: Work, settings: ScratchSettings, terminal: Terminal) -> dict
     def judge() -> tuple[dict[str, float], Image.Image]:
         rebuilt = reconstruct(vae, held_out)
         picture = strip(held_out[:SHOWN].cpu(), rebuilt[:SHOWN].cpu())
-        return {"psnr_db": psnr(rebuilt, held_out)}, picture
+        right = [check(strip(one[None].cpu()), scene).all for one, scene in zip(rebuilt, judging.scenes)]
+        return {"psnr_db": psnr(rebuilt, held_out), "accepted": sum(right) / len(right)}, picture
 
     inputs = work.inputs("vae")
     lesson = Lesson("vae", vae, settings.vae, loss, judge, {"inputs": inputs})
