@@ -289,6 +289,9 @@ def test_what_cannot_be_unpacked_or_gone_on_from_is_said(made: Path, copied: Pat
     (tmp_path / "model" / "card.json").write_text("[]")
     assert "is no card of" in said("unpack", "--model", tmp_path / "model")
     assert "--seed changes nothing for unpack" in said("unpack", "--seed", 1)
+    before = (copied / "vae" / "final" / "config.json").read_bytes()
+    assert "tokenizer: is there already" in said("unpack", "--model", made / "model")  # nothing that was learnt is replaced
+    assert (copied / "vae" / "final" / "config.json").read_bytes() == before
     wider = arguments(**{"unet.begin_from": made / "model", "unet.channels": "32,32"})
     assert "its U-Net is of another build" in said("unet", "--restart", *wider)
 

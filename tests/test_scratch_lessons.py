@@ -22,7 +22,7 @@ from src.scenes.facts import QUESTIONS
 from src.scratch import clip, learning, tokenizer, unet, vae
 from src.scratch.learning import Lesson, learn, learning_rate
 from src.scratch.pictures import Pictures
-from src.scratch.settings import MachineSettings, TokenizerSettings, UnetSettings, VaeSettings
+from src.scratch.settings import MachineSettings, ScratchSettings, TokenizerSettings, UnetSettings, VaeSettings
 from src.terminal import Terminal
 
 # -- the loop
@@ -104,6 +104,19 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
     assert rates[:4] == pytest.approx([0.1 / 3, 0.2 / 3, 0.1, 0.1])
     assert rates[53] == pytest.approx(0.05)
     assert rates[-1] < 1e-4
+
+
+def test_steps_are_compiled_where_that_pays(monkeypatch) -> None:
+    cpu, whole = torch.device("cpu"), ScratchSettings()
+    monkeypatch.setattr(unet.native, "cpp_compiler", lambda: "g++")
+    for is_fast in (True, False):  # without fast bf16 it gains too little
+        monkeypatch.setattr(unet, "has_fast_bf16", lambda device, is_fast=is_fast: is_fast)
+        assert unet.is_compiled(whole, cpu) == is_fast
+        assert not unet.is_compiled(ScratchSettings(unet=UnetSettings(steps=500)), cpu)
+    assert unet.is_compiled(ScratchSettings(machine=MachineSettings(compile="on")), cpu)
+    monkeypatch.setattr(unet.native, "cpp_compiler", lambda: None)
+    monkeypatch.setattr(unet, "has_fast_bf16", lambda device: True)
+    assert not unet.is_compiled(whole, cpu)
 
 
 # -- mathematics

@@ -21,6 +21,7 @@ from src.terminal import Terminal
 
 MAX_BYTES = 40 << 20
 PARTS = {"unet": "unet", "vae": "vae", "tokenizer": "tokenizer", "clip": "clip"}  # folder: phase
+UNPACKED = ("tokenizer", "vae", "clip", "unet")  # in the order in which they build on each other
 INDEX = {
     "_class_name": "StableDiffusionPipeline", "feature_extractor": [None, None], "image_encoder": [None, None],
     "requires_safety_checker": False, "safety_checker": [None, None],
@@ -65,7 +66,7 @@ def assemble(work: Work, settings: ScratchSettings, out: Path, terminal: Termina
 def unpack(model: Path, work: Work) -> None:
     """Publish the parts of a model that was assembled as phases in ``work``, whose scenes are those that it learnt from.
 
-    Raises UserError: not found or refused for a folder that was not assembled, usage for other scenes, or another format.
+    Raises UserError: not found or refused for a folder that was not assembled, usage for other scenes or where a phase is.
     """
     card = read_card(model)
     drawn, learnt = work.result("scenes").facts["settings"], card["phases"]["scenes"]["settings"]
@@ -74,7 +75,9 @@ def unpack(model: Path, work: Work) -> None:
         raise usage_error(
             f"{work.of('scenes')}: are other scenes; run python -m src.scratch scenes {asked} --work {work.folder}"
         )
-    for phase in ("tokenizer", "vae", "clip", "unet"):
+    if there := [phase for phase in UNPACKED if work.of(phase).exists()]:
+        raise usage_error(f"{work.of(there[0])}: is there already; choose a --work folder that has no more than scenes")
+    for phase in UNPACKED:
         contents = {}
         for name in card["files"]:
             if (own := _name_in(phase, name)) is not None:
