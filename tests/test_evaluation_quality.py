@@ -199,7 +199,17 @@ def test_held_out_scenes_are_drawn_where_they_are_asked_for(folders, clip_folder
     drawn = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "out" / "real").glob("*.png"))]
     expected = [np.asarray(drawing.draw(scene)) for scene in choose(8, 0, "both")]
     assert all(np.array_equal(one, other) for one, other in zip(drawn, expected, strict=True))
-    assert json.loads((tmp_path / "out" / "result.json").read_bytes())["real"]["pictures"] == 8
+    told = json.loads((tmp_path / "out" / "result.json").read_bytes())["real"]
+    assert told == {"folder": "held-out scenes", "pictures": 8, "found": 8}
+    mine = tmp_path / "mine" / "real" / "photo.png"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"a photo")
+    assert run((Path("scenes"), folders[1]), "--clip", tmp_path / "typo", "--output", tmp_path / "mine") == 4
+    assert mine.read_bytes() == b"a photo"  # nothing is drawn before all is known to be right
+    assert run((Path("scenes"), folders[1]), "--clip", clip_folder, "--output", tmp_path / "mine") == 0
+    assert [path.read_bytes() for path in tmp_path.rglob("photo.png")] == [b"a photo"]  # moved aside
+    assert run((Path("scenes"), folders[1]), "--clip", clip_folder, "--output", folders[1]) == 2
+    assert "its scenes would lie among --generated" in capsys.readouterr().err
     (tmp_path / "scenes").mkdir()  # a folder of that name is what is meant
     assert run((Path("scenes"), folders[1]), "--clip", clip_folder, "--output", tmp_path / "out") != 0
     assert "no pictures in it" in capsys.readouterr().err

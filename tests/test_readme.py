@@ -89,7 +89,7 @@ def test_commands_of_the_phases_parse_and_their_settings_exist(command: str, mon
     monkeypatch.chdir(ROOT)
     words = shlex.split(command, comments=True)
     typed = scratch.command_line().parse(words[words.index("src.scratch") + 1 :])
-    assert typed["words"] in ("all", *PHASES, *scratch.TOOLS)
+    assert typed["words"] in ("all", *PHASES, *scratch.TOOLS, scratch.UNPACK)
     assert scratch.read_settings(typed, typed["words"])
 
 

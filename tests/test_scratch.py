@@ -266,15 +266,22 @@ def test_an_assembled_model_is_unpacked_and_its_unet_goes_on(made: Path, tmp_pat
         assert {name: after.read(name) for name in after.files} == {name: before.read(name) for name in before.files}
         assert all(after.facts[part] == before.facts[part] for part in ("settings", "figures"))
     capsys.readouterr()
-    assert main(["all", *work, "--out", str(tmp_path / "more"), *arguments(**{"unet.begin_from": model, "unet.steps": 1})]) == 0
-    assert "vae       is done" in capsys.readouterr().err
+    assert main(["unpack", "--model", str(model), *work]) == 0  # what is there stays
+    more = arguments(**{"unet.begin_from": model, "unet.steps": 1, "unet.seed": 4})
+    assert main(["unet", *work, *more]) == main(["assemble", *work, "--out", str(tmp_path / "more")]) == 0
     old, new = (json.loads((folder / "card.json").read_text()) for folder in (model, tmp_path / "more"))
     assert new["phases"]["unet"]["figures"]["samples"] == old["phases"]["unet"]["figures"]["samples"] + 2
+    assert new["began_from"] == {"command": old["command"], "unet": old["phases"]["unet"]}
+    assert str(tmp_path) not in json.dumps(new)
+    page = (tmp_path / "more" / "README.md").read_text()
+    assert page.index(old["command"]) < page.index("its U-Net went on") < page.index("--set unet.begin_from=model")
     weights = [
         load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"].float()
         for folder in (model, tmp_path / "more")
     ]
-    assert 0 < float((weights[1] - weights[0]).abs().max()) < 1e-3  # one step of warm-up from where it was, not from anew
+    assert (
+        0 < float((weights[1] - weights[0]).abs().max()) < 1e-3
+    )  # one step of warm-up from where it was, not from another seed's beginning
 
 
 def test_what_cannot_be_unpacked_or_gone_on_from_is_said(made: Path, copied: Path, tmp_path: Path, capsys) -> None:
@@ -287,13 +294,20 @@ def test_what_cannot_be_unpacked_or_gone_on_from_is_said(made: Path, copied: Pat
     (tmp_path / "model" / "vae" / "config.json").unlink()
     assert "vae/config.json: is not there, but its card names it" in said("unpack", "--model", tmp_path / "model")
     (tmp_path / "model" / "card.json").write_text("[]")
-    assert "is no card of" in said("unpack", "--model", tmp_path / "model")
+    assert "does not say all that is needed" in said("unpack", "--model", tmp_path / "model")
     assert "--seed changes nothing for unpack" in said("unpack", "--seed", 1)
-    before = (copied / "vae" / "final" / "config.json").read_bytes()
-    assert "tokenizer: is there already" in said("unpack", "--model", made / "model")  # nothing that was learnt is replaced
-    assert (copied / "vae" / "final" / "config.json").read_bytes() == before
     wider = arguments(**{"unet.begin_from": made / "model", "unet.channels": "32,32"})
-    assert "its U-Net is of another build" in said("unet", "--restart", *wider)
+    assert "another build; go on with --set unet.channels=16,32" in said("unet", "--restart", *wider)
+    assert "typo/card.json: is not there" in said("unet", "--restart", *arguments(**{"unet.begin_from": "typo"}))
+    assert (copied / "unet" / "final").exists()  # it was refused before anything was forgotten
+    (tmp_path / "other").mkdir()
+    shutil.copytree(made / "model", tmp_path / "other" / "model")
+    (tmp_path / "other" / "model" / "vae" / "config.json").write_text("{}")
+    before = (copied / "vae" / "final" / "config.json").read_bytes()
+    assert "vae: is there already, of another model" in said("unpack", "--model", tmp_path / "other" / "model")
+    assert (copied / "vae" / "final" / "config.json").read_bytes() == before  # nothing that was learnt is replaced
+    other = arguments(**{"unet.begin_from": tmp_path / "other" / "model"})
+    assert "was learnt with another vae than" in said("unet", "--restart", *other)
 
 
 # -- pictures and the latent space's tools

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from src import quiet
 from src.arguments import build_config
+from src.checkpoints import CheckpointFolder
 from src.errors import ExitCode, not_found, usage_error
 from src.evaluation import inputs
 from src.files import check_writable_folder
-from src.folders import publish_folder
 from src.images import encode_png
 from src.request import user_path
 from src.terminal import Terminal, counted
@@ -37,9 +37,14 @@ class Side:
     folder: Path
     pictures: list[Path]
     found: int  # before --max-pictures
+    is_drawn: bool = False  # scenes of the project's own
 
     def as_json(self) -> dict[str, Any]:
-        return {"folder": self.folder.resolve().name, "pictures": len(self.pictures), "found": self.found}
+        return {
+            "folder": "held-out scenes" if self.is_drawn else self.folder.resolve().name,
+            "pictures": len(self.pictures),
+            "found": self.found,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +114,11 @@ def read_comparison(options: argparse.Namespace, say: Callable[[str], None]) -> 
         raise usage_error(f"--seed {options.seed}: give 0 or more")
     one, other = real.resolve(), generated.resolve()
     if one == other or one in other.parents or other in one.parents:
+        if is_drawn:
+            raise usage_error(f"--output {options.output}: its scenes would lie among --generated {generated}; choose another")
         raise usage_error(f"--real {real} and --generated {generated} share pictures; name folders apart from each other")
-    if is_drawn:
-        _draw_scenes(real, _side(generated, "--generated", options, lambda line: None))
-    sides = [_side(folder, flag, options, say) for folder, flag in ((real, "--real"), (generated, "--generated"))]
+    real_side = None if is_drawn else _side(real, "--real", options, say)
+    generated_side = _side(generated, "--generated", options, say)
     if options.clip is not None and not user_path(options.clip).is_dir():  # before torch is imported
         raise not_found(f"--clip {options.clip}: no such folder; name a CLIPModel folder of transformers")
     inception = None if options.inception is None else user_path(options.inception)
@@ -127,19 +133,21 @@ def read_comparison(options: argparse.Namespace, say: Callable[[str], None]) -> 
     if clip is None:
         say(f"CLIP    none: {_NO_CLIP}; so no CMMD and no CLIP score")
     elif options.prompts != "none":
-        prompts = inputs.prompts_of(generated, sides[1].pictures, options.prompts)
+        prompts = inputs.prompts_of(generated, generated_side.pictures, options.prompts)
     output = check_writable_folder(user_path(options.output))
-    return Comparison(*sides, clip, inception, prompts, options.seed, options.device, output)
+    real_side = real_side or _draw_scenes(output, len(generated_side.pictures), say)
+    return Comparison(real_side, generated_side, clip, inception, prompts, options.seed, options.device, output)
 
 
-def _draw_scenes(folder: Path, generated: Side) -> None:
-    """As many scenes as there are generated pictures, those that `adherence` asks for, in place of what was drawn before."""
+def _draw_scenes(output: Path, count: int, say: Callable[[str], None]) -> Side:
+    """Scenes as `adherence` asks for by default, in OUTPUT/real; what is there and was not drawn here is moved aside."""
     from src.evaluation.skills import choose
     from src.scenes.drawing import draw
 
-    scenes = choose(len(generated.pictures), 0, "both")
-    check_writable_folder(folder.parent)
-    publish_folder(folder, {f"{index:05}.png": encode_png(draw(scene), {}) for index, scene in enumerate(scenes)})
+    pictures = {f"{index:05}.png": encode_png(draw(scene), {}) for index, scene in enumerate(choose(count, 0, "both"))}
+    folder = CheckpointFolder(output, say).publish("real", pictures, {"drawn": "held-out scenes"})
+    say(f"real      {counted(count, 'held-out scene')} drawn into {folder}")
+    return Side(folder, [folder / name for name in pictures], count, is_drawn=True)
 
 
 def _clip_folder(named: str | None) -> Path | None:

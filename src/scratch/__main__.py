@@ -24,10 +24,12 @@ after Ctrl-C or a kill. tools for the latent space: {", ".join(TOOLS)}; each wri
 {UNPACK}: the parts of a model that was assembled become phases again, so that its U-Net can go on learning."""
 EPILOG = """examples:
   python -m src.scratch all --out models/embedded          the model that ships: hours on two cores, minutes on a card
-  python -m src.scratch all --quick                        the lesson: 20 minutes on two cores
+  python -m src.scratch all --quick                        the lesson: about 20 minutes on two cores with bf16
   python -m src.scratch vae --set steps=3000 --restart     one phase anew, with other numbers
-  python -m src.scratch unpack --model models/embedded --work outputs/more     after: scenes --work outputs/more; then
-  python -m src.scratch unet --work outputs/more --set begin_from=models/embedded --set steps=2000
+  python -m src.scratch scenes --work outputs/more         a model that was assembled goes on learning: scenes as it had them,
+  python -m src.scratch unpack --model models/mine --work outputs/more                       its parts,
+  python -m src.scratch unet --work outputs/more --set begin_from=models/mine --set steps=5000      its U-Net,
+  python -m src.scratch assemble --work outputs/more --out models/more                       and a model again
   python -m src.scratch interpolate --model models/embedded --prompt "a red circle on a white background" \\
       --prompt "a blue star on a white background"
   python -m src.scratch interpolate --picture a.png --picture b.png
@@ -43,7 +45,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
     "recipe": (
         Flag(("--config",), "settings from a YAML file", metavar="FILE", repeat=True),
         Flag(("--set",), "one setting: vae.steps=3000, or steps=3000 of the named phase", metavar="NAME=VALUE", repeat=True),
-        switch("--quick", "configs/scratch/quick.yaml: recognisable shapes in 20 minutes"),
+        switch("--quick", "configs/scratch/quick.yaml: the lesson: small and soon done"),
         switch("--restart", "forget what the named phase has learnt"),
     ),
     "tools": (
@@ -99,6 +101,10 @@ def _run(argv: Sequence[str], terminal: Terminal) -> int:
         terminal.say(f"{model}: its parts are in {work_folder}")
         return ExitCode.OK
     device_of(settings.machine)  # refused now if it is not there, not after an hour
+    if settings.unet.begin_from is not None and verb in ("all", "unet"):
+        from src.scratch.card import check_begin
+
+        check_begin(Path(settings.unet.begin_from).expanduser(), settings.unet)  # before anything is forgotten or learnt
     work = Work(work_folder, terminal.say)
     out = Path(typed.get("out", work_folder / "model")).expanduser()
     if "restart" in typed:
@@ -120,7 +126,7 @@ def _check_flags(typed: dict[str, Any], verb: str) -> None:
     known = {flag.names[0].removeprefix("--") for name in groups for flag in FLAGS[name]} | {"words"}
     known = {"model", "work", "words", "debug"} if verb == UNPACK else known - ({"work"} if verb in TOOLS else set())
     for name in sorted(typed.keys() - known):
-        hint = "; the training's is --set unet.seed=N" if name == "seed" else ""
+        hint = "; the training's is --set unet.seed=N" if name == "seed" and verb != UNPACK else ""
         raise usage_error(f"--{name} changes nothing for {verb}{hint}")
 
 

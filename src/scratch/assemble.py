@@ -13,14 +13,12 @@ from typing import Any
 from src import folders
 from src.checkpoints import CheckpointFolder
 from src.errors import refused, usage_error
-from src.scratch.card import CARD, PAGE, SAMPLES, make_card, page_of, read_card
+from src.scratch.card import CARD, PAGE, PARTS, SAMPLES, files_of, make_card, page_of, read_card
 from src.scratch.phases import Work
 from src.scratch.settings import ScratchSettings
-from src.scratch.tokenizer import TOKENIZER_FILES
 from src.terminal import Terminal
 
 MAX_BYTES = 40 << 20
-PARTS = {"unet": "unet", "vae": "vae", "tokenizer": "tokenizer", "clip": "clip"}  # folder: phase
 UNPACKED = ("tokenizer", "vae", "clip", "unet")  # in the order in which they build on each other
 INDEX = {
     "_class_name": "StableDiffusionPipeline", "feature_extractor": [None, None], "image_encoder": [None, None],
@@ -66,39 +64,35 @@ def assemble(work: Work, settings: ScratchSettings, out: Path, terminal: Termina
 def unpack(model: Path, work: Work) -> None:
     """Publish the parts of a model that was assembled as phases in ``work``, whose scenes are those that it learnt from.
 
-    Raises UserError: not found or refused for a folder that was not assembled, usage for other scenes or where a phase is.
+    What is there already stays, so the same call goes on after a kill. Raises UserError: not found or refused for a folder that
+    was not assembled, usage where another phase is, or other scenes are.
     """
     card = read_card(model)
-    drawn, learnt = work.result("scenes").facts["settings"], card["phases"]["scenes"]["settings"]
-    if drawn != learnt:
-        asked = " ".join(f"--set {name}={value}" for name, value in learnt.items())
+    parts = {phase: files_of(model, card, phase) for phase in UNPACKED}
+    waiting = [phase for phase in UNPACKED if not _is_there(work, phase, parts[phase])]
+    drawn, learnt = work.result("scenes").facts, card["phases"]["scenes"]
+    if any(drawn[part] != learnt[part] for part in ("settings", "figures")):
+        asked = " ".join(f"--set {name}={value}" for name, value in learnt["settings"].items())
         raise usage_error(
             f"{work.of('scenes')}: are other scenes; run python -m src.scratch scenes {asked} --work {work.folder}"
         )
-    if there := [phase for phase in UNPACKED if work.of(phase).exists()]:
-        raise usage_error(f"{work.of(there[0])}: is there already; choose a --work folder that has no more than scenes")
-    for phase in UNPACKED:
-        contents = {}
-        for name in card["files"]:
-            if (own := _name_in(phase, name)) is not None:
-                contents[own] = (model / name).read_bytes()
-        part = card["phases"][phase]
-        inputs = work.inputs(phase)
-        facts = {"settings": part["settings"], "inputs": inputs, "figures": part["figures"]}
-        CheckpointFolder(work.of(phase), work.say).publish("final", contents, facts)
+    for phase in waiting:
+        facts = {"settings": card["phases"][phase]["settings"], "inputs": work.inputs(phase)}
+        facts["figures"] = card["phases"][phase]["figures"]
+        CheckpointFolder(work.of(phase), work.say).publish("final", parts[phase], facts)
 
 
-def _name_in(phase: str, name: str) -> str | None:
-    """What a file of an assembled model is called in its phase; None for a file of another."""
-    if name in (CARD, PAGE, "model_index.json"):
-        return None
-    folder, _, rest = name.partition("/")
-    if name == SAMPLES or folder == "scheduler":
-        return name if phase == "unet" else None
-    if folder == "text_encoder":
-        return f"text/{rest}" if phase == "clip" else None
-    is_own = PARTS.get(folder) == phase and (phase == "tokenizer" or rest not in TOKENIZER_FILES)
-    return rest if is_own else None
+def _is_there(work: Work, phase: str, contents: dict[str, bytes]) -> bool:
+    """Whether it was unpacked before. Raises UserError (usage) where something else was learnt."""
+    if not work.of(phase).exists():
+        return False
+    if (work.of(phase) / "final").exists():
+        there = work.result(phase)
+        if {name: there.read(name) for name in there.files} == contents:
+            return True
+    raise usage_error(
+        f"{work.of(phase)}: is there already, of another model; choose a --work folder that has no more than scenes"
+    )
 
 
 def _not_ours(out: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""What an assembled model says of itself: recipe and figures of every phase, for programs and for people."""
+"""What an assembled model holds and says of itself: recipe and figures of every phase, for programs and for people."""
 
 from __future__ import annotations
 
@@ -8,42 +8,92 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from src.errors import not_found, refused
+from src.errors import not_found, refused, usage_error
 from src.scenes import grammar
 from src.scratch.phases import Work, settings_of
-from src.scratch.settings import ScratchSettings
+from src.scratch.settings import ScratchSettings, UnetSettings
+from src.scratch.tokenizer import TOKENIZER_FILES
 
 CARD, PAGE, SAMPLES = "card.json", "README.md", "samples.png"
+BEGAN_FROM = "began_from.json"  # beside a U-Net that went on learning: what the model before says of its own
+PARTS = {"unet": "unet", "vae": "vae", "tokenizer": "tokenizer", "clip": "clip"}  # folder: phase
+BUILD = ("channels", "layers", "attention_levels", "head_width")  # settings that a U-Net's weights depend on
 
 
 def read_card(model: Path) -> dict[str, Any]:
     """What `assemble` said of a model, whose files are all there. Raises UserError: not found, or refused."""
     try:
         card = json.loads((model / CARD).read_bytes())
-        card["phases"]["unet"]["figures"]["samples"], card["files"]
+        for phase in ("scenes", *PARTS.values()):
+            card["phases"][phase]["settings"].items(), card["phases"][phase]["figures"].items()
+        int(card["phases"]["unet"]["figures"]["samples"]), card["command"]
+        [(model / name) for name in card["files"]]
     except FileNotFoundError:
         raise not_found(f"{model / CARD}: is not there; a model that python -m src.scratch assembled has one") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise refused(f"{model / CARD}: is no card of python -m src.scratch ({error})") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise refused(f"{model / CARD}: does not say all that is needed ({error}); assemble the model again") from None
     if missing := [name for name in card["files"] if not (model / name).is_file()]:
         raise not_found(f"{model / missing[0]}: is not there, but its card names it; assemble the model again")
     return card
+
+
+def files_of(model: Path, card: dict[str, Any], phase: str) -> dict[str, bytes]:
+    """What a phase had published, from the folder that it was assembled into."""
+    names = {name: _name_in(phase, name) for name in card["files"]}
+    return {own: (model / name).read_bytes() for name, own in names.items() if own is not None}
+
+
+def _name_in(phase: str, name: str) -> str | None:
+    """What a file of an assembled model is called in its phase; None for a file of another."""
+    if name in (CARD, PAGE, "model_index.json"):
+        return None
+    folder, _, rest = name.partition("/")
+    if name == SAMPLES or folder == "scheduler":
+        return name if phase == "unet" else None
+    if folder == "text_encoder":
+        return f"text/{rest}" if phase == "clip" else None
+    is_own = PARTS.get(folder) == phase and (phase == "tokenizer" or rest not in TOKENIZER_FILES)
+    return rest if is_own else None
+
+
+def check_begin(model: Path, settings: UnetSettings) -> dict[str, Any]:
+    """The card of a model whose U-Net shall go on learning with these settings.
+
+    Raises UserError: not found or refused as `read_card`, usage for a U-Net of another build.
+    """
+    card = read_card(model)
+    learnt, asked = card["phases"]["unet"]["settings"], settings_of(ScratchSettings(unet=settings), "unet")
+    differing = [f"{name}={_typed(learnt.get(name))}" for name in BUILD if learnt.get(name) != asked[name]]
+    if differing:
+        typed = " ".join(f"--set unet.{setting}" for setting in differing)
+        raise usage_error(f"{model}: its U-Net is of another build; go on with {typed}")
+    return card
+
+
+def _typed(value: Any) -> str:
+    """A setting as it is typed after ``--set``."""
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def make_card(work: Work, inputs: dict[str, str], names: list[str]) -> dict[str, Any]:
     """Recipe and figures of every phase, versions, and the names of all files."""
     results = {phase: work.result(phase) for phase in inputs}
     usual = ScratchSettings()
-    changed = [
-        f"--set {phase}.{name}={','.join(map(str, value)) if isinstance(value, list) else value}"
+    changed = [  # whose folder a model lay in is nobody's business
+        f"--set {phase}.{name}={Path(value).name if name == 'begin_from' else _typed(value)}"
         for phase, one in results.items()
         for name, value in one.facts["settings"].items()
         if value != settings_of(usual, phase)[name]
     ]
+    phases = {phase: {part: dict(one.facts[part]) for part in ("settings", "figures")} for phase, one in results.items()}
+    if begun := phases["unet"]["settings"].get("begin_from"):
+        phases["unet"]["settings"]["begin_from"] = Path(begun).name
+    unet = results["unet"]
+    before = {"began_from": json.loads(unet.read(BEGAN_FROM))} if BEGAN_FROM in unet.files else {}
     return {
         "name": "a small Stable Diffusion, from nothing", "license": "MIT",
         "command": " ".join(["python -m src.scratch all", *changed]), "files": sorted(names),
-        "phases": {phase: {part: one.facts[part] for part in ("settings", "figures")} for phase, one in results.items()},
+        "phases": phases, **before,
         "made_with": {name: version(name) for name in ("torch", "diffusers", "transformers")} | {"machine": platform.machine()},
     }  # fmt: skip
 
@@ -55,10 +105,19 @@ def page_of(card: dict[str, Any]) -> str:
         "Trained from random weights, on pictures that the project draws itself (128 x 128 px). An ordinary Stable Diffusion",
         "folder, with its CLIP. What it understands, with 8 shapes and 12 colours:", "",
         "```text", *(line.strip() for line in (grammar.__doc__ or "").splitlines() if line.startswith("    ")), "```", "",
-        f"![pictures and their prompts]({SAMPLES})", "", f"Made by `{card['command']}`; `card.json` has every setting.", "",
+        f"![pictures and their prompts]({SAMPLES})", "", *_made_by(card), "`card.json` has every setting.", "",
         "| phase | figures |", "| --- | --- |",
     ]  # fmt: skip
     for phase, one in card["phases"].items():
         told = ", ".join(f"{name} {value:.4g}" for name, value in one["figures"].items() if isinstance(value, (int, float)))
         lines.append(f"| {phase} | {told} |")
     return "\n".join(lines) + "\n"
+
+
+def _made_by(card: dict[str, Any]) -> list[str]:
+    """The commands, the first one first."""
+    lines = [f"by `{card['command']}`"]
+    while "began_from" in card:
+        card = card["began_from"]
+        lines.insert(0, f"by `{card['command']}`")
+    return [f"Made {line};" if number == 0 else f"its U-Net went on {line};" for number, line in enumerate(lines)]

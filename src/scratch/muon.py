@@ -115,9 +115,10 @@ def _iterated(x: Tensor) -> Tensor:
 def _polynomial(square: Tensor) -> Tensor:
     """p(x x^T) such that p(x x^T) x is what the iterations make of x."""
     a, b, c = QUINTIC
-    product = torch.eye(len(square), device=square.device, dtype=square.dtype)
+    one = torch.eye(len(square), device=square.device, dtype=square.dtype)
+    product = one
     for _ in range(ITERATIONS):
-        factor = a * torch.eye(len(square), device=square.device, dtype=square.dtype) + b * square + c * square @ square
+        factor = a * one + b * square + c * square @ square
         product = factor @ product
         square = factor @ factor @ square  # of factor x, for all these commute
     return product

@@ -20,7 +20,8 @@ NAME = "report.html"
 SHOWN = 6  # of the sample pictures, evenly over the steps
 _NOT_CURVES = ("lr", "seconds")
 NOTES = {
-    "vae": "Above: pictures that it never saw; below: what came back through the latents. PSNR counts on those. The "
+    "vae": "Above: pictures that it never saw; below: what came back through the latents. PSNR counts on those; 'accepted' is "
+    "the share of them that the checker of `evaluate adherence` still finds right, which a U-Net cannot surpass. The "
     "Kullback-Leibler term is small on purpose: enough to keep the latents together, not so much that detail is lost.",
     "clip": "top1: how many captions find their own picture first among 128 that were never seen. Captions that are the same "
     "word for word cannot all: 'possible' is the most that is. The scale is the learned temperature's inverse. Each row of "

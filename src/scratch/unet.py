@@ -13,11 +13,13 @@ The VAE and the text tower are frozen: latents and embeddings are computed once.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
 import torch
 from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
@@ -29,12 +31,12 @@ from src import diffusion, native
 from src.checkpoints import CheckpointFolder, read_manifest
 from src.cpu_kernels import CpuAttention, is_plain
 from src.diffusion import NoiseSchedule
-from src.errors import UserError, usage_error
+from src.errors import UserError, refused, usage_error
 from src.evaluation.checking import check
 from src.evaluation.skills import Judged, Scores, choose
 from src.images import contact_sheet, encode_png
 from src.scratch import clip, phase_report, vae
-from src.scratch.card import read_card
+from src.scratch.card import BEGAN_FROM, SAMPLES, check_begin, files_of
 from src.scratch.learning import Lesson, device_of, learn, precision_of
 from src.scratch.muon import has_fast_bf16
 from src.scratch.phases import Work
@@ -49,7 +51,8 @@ SCHEDULER = {
     "prediction_type": "v_prediction", "steps_offset": 1,
 }  # fmt: skip
 SAMPLING = {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": True}
-COMPILE_PAYS_SAMPLES = 100_000  # where bf16 is fast; elsewhere a step is 4 % faster, which hours would not pay for
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+COMPILE_PAYS_SAMPLES = 100_000  # in bf16; in fp32 a step is 4 % faster, and the two and a half minutes are seldom paid back
 JUDGED, CHECKED, SHOWN, SHOWN_STEPS, GUIDANCE = 256, 64, 24, 20, 5.0
 
 
@@ -81,24 +84,29 @@ def build(settings: UnetSettings, text_width: int, latents: tuple[int, int]) -> 
     )  # fmt: skip
 
 
-def begin(unet: UNet2DConditionModel, model: str | None) -> int:
-    """Take over the weights of an assembled model, if one is named; returns how many samples they were learnt from.
+def begin(unet: UNet2DConditionModel, work: Work, settings: UnetSettings) -> tuple[int, dict[str, bytes]]:
+    """Take over the weights of an assembled model, if one is named.
 
-    Raises UserError: not found or refused for a folder that was not assembled, usage for a U-Net of another build.
+    Returns how many samples they were learnt from, and a file that says where they come from. Raises UserError: not found or
+    refused for a folder that was not assembled, usage for a U-Net of another build, or learnt with others than ``work`` holds.
     """
-    if model is None:
-        return 0
-    samples = read_card(Path(model))["phases"]["unet"]["figures"]["samples"]
-    weights = safetensors.torch.load_file(Path(model) / "unet" / "diffusion_pytorch_model.safetensors")
-    own = unet.state_dict()
-    shapes = [{name: tensor.shape for name, tensor in part.items()} for part in (own, weights)]
-    differing = [name for name in {**own, **weights} if shapes[0].get(name) != shapes[1].get(name)]
-    if differing:
-        raise usage_error(
-            f"{model}: its U-Net is of another build ({differing[0]} differs); set unet.channels and so on as it was"
-        )
-    unet.load_state_dict(weights)
-    return int(samples)
+    if settings.begin_from is None:
+        return 0, {}
+    model = Path(settings.begin_from).expanduser()
+    card = check_begin(model, settings)
+    for phase in ("tokenizer", "vae", "clip"):
+        learnt_with, here = files_of(model, card, phase), work.result(phase)
+        if any(name not in here.files or here.read(name) != data for name, data in learnt_with.items()):
+            raise usage_error(
+                f"{model}: its U-Net was learnt with another {phase} than {work.of(phase)}; unpack it into a new --work folder"
+            )
+    try:
+        unet.load_state_dict(safetensors.torch.load(files_of(model, card, "unet")[WEIGHTS]))
+    except (RuntimeError, KeyError, safetensors.SafetensorError):
+        raise refused(f"{model}: its U-Net is damaged; assemble the model again") from None
+    before = {"command": card["command"], "unet": card["phases"]["unet"]}
+    before |= {"began_from": card["began_from"]} if "began_from" in card else {}
+    return int(card["phases"]["unet"]["figures"]["samples"]), {BEGAN_FROM: json.dumps(before, indent=2).encode()}
 
 
 def prepared(unet: UNet2DConditionModel, device: torch.device) -> UNet2DConditionModel:
@@ -116,6 +124,7 @@ def is_compiled(settings: ScratchSettings, device: torch.device) -> bool:
     if settings.machine.compile != "auto":
         return settings.machine.compile == "on"
     samples, is_fast = settings.unet.steps * settings.unet.batch_size, device.type == "cpu" and has_fast_bf16(device)
+    is_fast = is_fast and settings.machine.precision != "fp32"
     return is_fast and samples >= COMPILE_PAYS_SAMPLES and native.cpp_compiler() is not None
 
 
@@ -128,7 +137,7 @@ def learn_unet(work: Work, settings: ScratchSettings, terminal: Terminal) -> dic
     scenes = read_pictures(work.result("scenes"), "held-out", min(CHECKED, settings.unet.examined)).scenes
     torch.manual_seed(settings.unet.seed)
     unet = build(settings.unet, training.embeddings.shape[-1], (training.latents.shape[1], training.latents.shape[-1]))
-    samples = begin(unet, settings.unet.begin_from)
+    learnt_before, origin = begin(unet, work, settings.unet)
     unet = prepared(unet, device)
     step_model = torch.compile(unet) if is_compiled(settings, device) else unet
     schedule = NoiseSchedule.from_config(SCHEDULER).to(device)
@@ -155,12 +164,12 @@ def learn_unet(work: Work, settings: ScratchSettings, terminal: Terminal) -> dic
     lesson = Lesson("unet", unet, settings.unet, loss, judge, {"inputs": inputs})
     figures = learn(lesson, work.of("unet"), settings.machine, terminal)
     figures["parameters"] = sum(item.numel() for item in unet.parameters())
-    figures["samples"] = samples + settings.unet.steps * settings.unet.batch_size
+    figures["samples"] = learnt_before + settings.unet.steps * settings.unet.batch_size
     shares, samples = examine(unet, autoencoder, work, settings, device, terminal)
     figures |= shares
     phase_report.write("unet", work.of("unet"), settings.unet, History(work.of("unet") / "log.jsonl"), figures)
     scheduler = DPMSolverMultistepScheduler(**SCHEDULER, **SAMPLING).to_json_string().encode()
-    contents = {**vae.model_files(unet), "scheduler/scheduler_config.json": scheduler, "samples.png": samples}
+    contents = {**vae.model_files(unet), "scheduler/scheduler_config.json": scheduler, SAMPLES: samples, **origin}
     work.publish("unet", settings, contents, figures, inputs)
     return figures
 
