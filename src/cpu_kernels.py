@@ -26,6 +26,11 @@ LONG = {torch.bfloat16: 1 << 21}  # scores of one head, from which on they are n
 LONG_OTHERWISE = 1 << 18
 
 
+def packs_in(dtype: torch.dtype) -> bool:
+    """Whether oneDNN puts weights of this precision in an order of its own: for bf16 it asks for AVX-512 at least."""
+    return HAS_ONEDNN and (dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 class CpuAttention:
     """Attention for U-Nets on a CPU, where torch's fused kernel is slow: small scores are kept, long ones computed again."""
 

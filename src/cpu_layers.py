@@ -24,7 +24,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from src import cpu_memory, native
-from src.cpu_kernels import HAS_ONEDNN, CpuAttention, is_plain
+from src.cpu_kernels import HAS_ONEDNN, CpuAttention, is_plain, packs_in
 
 # Torch's compiler uses these operators for the same purpose; on other processors they have not been measured.
 CAN_PACK = HAS_ONEDNN and platform.machine().lower() in ("x86_64", "amd64")
@@ -64,7 +64,7 @@ def prepare_decoding(vae: AutoencoderKL) -> None:
 
 
 def _can_work(model: nn.Module) -> bool:
-    return CAN_PACK and (model.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return CAN_PACK and packs_in(model.dtype)
 
 
 def _exchange_blocks(model: nn.Module) -> None:
@@ -110,7 +110,7 @@ class _Packed:
     def _can_take(self, x: Tensor) -> bool:
         """Whether the operators do: they know no gradients, and cast nothing."""
         weight = self._parts[0] if self._parts else self._parameters["weight"]
-        return x.dtype == weight.dtype and not (torch.is_grad_enabled() and x.requires_grad)
+        return x.dtype == weight.dtype and packs_in(x.dtype) and not (torch.is_grad_enabled() and x.requires_grad)
 
     def _packed(self, x: Tensor) -> tuple[Tensor, ...]:
         if x.shape != self._packed_for:

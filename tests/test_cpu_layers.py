@@ -13,7 +13,7 @@ from torch import nn
 
 from src import cpu_layers
 from src.config import OptimizationConfig
-from src.cpu_kernels import CpuAttention
+from src.cpu_kernels import CpuAttention, packs_in
 from src.cpu_layers import (
     FusedGeglu,
     FusedResnetBlock2D,
@@ -77,8 +77,8 @@ def test_a_unet_draws_the_same_at_any_size(family: str, dtype: torch.dtype) -> N
     expected = [draw(unet, *size) for size in sizes]
     prepare_for_drawing(unet)
     kinds = {type(module) for module in unet.modules()}
-    assert {PackedLinear, PackedConv2d, FusedGeglu, GatedLinear} <= kinds
-    assert not {nn.Linear, nn.Conv2d, GEGLU} & kinds
+    assert ({PackedLinear, PackedConv2d, FusedGeglu, GatedLinear} <= kinds) == packs_in(dtype)
+    assert bool({nn.Linear, nn.Conv2d, GEGLU} & kinds) != packs_in(dtype)
     for size, reference in zip(sizes, expected):
         assert_close(draw(unet, *size), reference, dtype)
 
@@ -107,7 +107,8 @@ def test_a_packed_unet_goes_to_another_precision_and_draws(tmp_path: Path) -> No
     draw(unet)
     unet.to(torch.bfloat16)
     assert {parameter.dtype for parameter in unet.parameters()} == {torch.bfloat16}
-    assert torch.equal(draw(unet), draw(expected))
+    assert_close(draw(unet), draw(expected), torch.bfloat16)
+    assert torch.equal(draw(unet), draw(expected)) or not packs_in(torch.bfloat16)
 
 
 @needs_packing
@@ -171,7 +172,7 @@ def a_vae(dtype: torch.dtype) -> AutoencoderKL:
 def test_a_vae_encodes_and_decodes_the_same_and_leaves_its_inputs_alone(mode: str, dtype: torch.dtype) -> None:
     plain, prepared = a_vae(dtype), a_vae(dtype)
     prepare_decoding(prepared)
-    assert any(isinstance(module, FusedResnetBlock2D) for module in prepared.decoder.up_blocks.modules())
+    assert any(isinstance(module, FusedResnetBlock2D) for module in prepared.decoder.up_blocks.modules()) == packs_in(dtype)
     pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
     latents = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(2)).to(dtype)
     for vae in (plain, prepared):

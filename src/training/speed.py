@@ -29,7 +29,7 @@ from peft.tuners.lora.layer import Conv2d as PeftConv2d
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
-from src.cpu_kernels import HAS_ONEDNN, CpuAttention, is_plain, product
+from src.cpu_kernels import HAS_ONEDNN, CpuAttention, is_plain, packs_in, product
 
 PACKED_BYTES = 1 << 28  # convolutions of up to so many bytes are held three times: as they are, and packed for both directions
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
@@ -104,13 +104,13 @@ class FrozenConv2d(nn.Conv2d):
 
     def convolve(self, x: Tensor) -> Tensor:
         """The layer's output, (B, C, h, w) as its input."""
-        if self.packed is None:
+        if self.packed is None or not packs_in(x.dtype):
             return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         return _packed_convolution(self, "forward", x, self.bias)
 
     def gradient(self, grad: Tensor, shape: torch.Size) -> Tensor:
         """The gradient of an input of ``shape``, from that of the output."""
-        if self.packed is None or self.stride != (1, 1):
+        if self.packed is None or self.stride != (1, 1) or not packs_in(grad.dtype):
             return torch.nn.grad.conv2d_input(shape, self.weight, grad, self.stride, self.padding, self.dilation, self.groups)
         return _packed_convolution(self, "backward", grad, None)
 
