@@ -147,3 +147,20 @@ def test_an_inner_thing_lies_above_and_an_outline_around() -> None:
     outlined = Thing("square", "red", 64, 64, 30, 0, outline="black")
     pixels = drawing.draw(Scene("one", "x", (outlined,), Background("plain", ("white",))))
     assert [pixels.getpixel((x, 64)) for x in (64, 90, 98)] == [COLOURS["red"], COLOURS["black"], COLOURS["white"]]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_map_of_shapes_has_each_where_the_picture_shows_its_colour(shape: str) -> None:
+    thing = Thing(shape, "red", 47, 70, 38, 10)
+    other = Thing(SHAPES[0], "black", 104, 104, 18, 0)
+    scene = Scene("pair", "", (other, thing), Background("plain", ("white",)))
+    pixels = np.asarray(drawing.draw(scene)).astype(int)
+    shares = [
+        (np.abs(pixels - COLOURS[colour]).max(-1) < 4).reshape(16, 8, 16, 8).mean((1, 3))
+        for colour in ("white", "red", "black")
+    ]
+    found = drawing.shapes_map(scene, 16)
+    for share, kind in zip(shares, (0, 1 + SHAPES.index(shape), 1)):
+        assert (share > 0.7).sum() > 1
+        assert (found[share > 0.7] == kind).all()
+    assert not drawing.shapes_map(next(scene for scene in SCENES if scene.landscape), 16).any()

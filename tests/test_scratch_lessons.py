@@ -163,7 +163,8 @@ def test_one_jump_to_t_is_as_many_small_steps() -> None:
 def test_a_network_that_knows_all_has_no_loss_and_dropped_captions_are_the_empty_one() -> None:
     schedule, settings = NoiseSchedule.from_config(unet.SCHEDULER), UnetSettings()
     latents = torch.randn(6, 4, 8, 8)
-    material = unet.Material(latents, torch.arange(4.0)[:, None, None].expand(4, 5, 2), torch.tensor([0, 1, 2, 0, 1, 2]))
+    embeddings, caption_of = torch.arange(4.0)[:, None, None].expand(4, 5, 2), torch.tensor([0, 1, 2, 0, 1, 2])
+    material = unet.Material(latents, embeddings, caption_of, torch.zeros(6, 8, 8))
     seen: list[list[float]] = []
 
     class Knowing(nn.Module):
@@ -183,15 +184,50 @@ def test_a_network_that_knows_all_has_no_loss_and_dropped_captions_are_the_empty
 
 def test_the_weights_are_min_snr_with_a_floor() -> None:
     half = NoiseSchedule(torch.tensor([0.9, 0.5, 0.01]), "v_prediction")  # SNR 9, 1 and 1 / 99
-    weights = unet.weights_of(half, torch.tensor([0, 1, 2]), UnetSettings(snr_gamma=5, snr_floor=0.25))
+    weights = unet.weights_of(half, UnetSettings(snr_gamma=5, snr_floor=0.25))
     assert weights.tolist() == pytest.approx([5.25 / 10, 1.25 / 2, (1 / 99 + 0.25) / (100 / 99)])
+
+
+def test_timesteps_come_as_often_as_they_weigh_and_evenly_within_a_batch() -> None:
+    weights, random = torch.tensor([1.0, 0.0, 3.0, 4.0]), torch.Generator().manual_seed(0)
+    batches = [unet.timesteps_by(weights, 16, random).bincount(minlength=4).tolist() for _ in range(50)]
+    assert batches == [[2, 0, 6, 8]] * 50, "shares of the weight that hold a whole number of examples"
+    drawn = torch.cat([unet.timesteps_by(weights, 3, random) for _ in range(20_000)]).bincount(minlength=4) / 60_000
+    assert drawn.tolist() == pytest.approx([1 / 8, 0, 3 / 8, 1 / 2], abs=0.01)
+
+
+def test_shapes_are_told_cell_by_cell_from_the_middle_block() -> None:
+    torch.manual_seed(0)
+    network = unet.build(UnetSettings(channels=(32, 64)), 64, (4, 16))
+    pupil = unet.Pupil(network)
+    network(torch.randn(2, 4, 16, 16), torch.tensor([3, 700]), torch.randn(2, 7, 64))
+    shapes = torch.zeros(2, 16, 16, dtype=torch.uint8)
+    shapes[1, 4:6, 8:12] = 3
+    with torch.no_grad():
+        pupil.telling.weight.zero_()
+        pupil.telling.bias.zero_()
+        pupil.telling.bias.view(9, 2, 2)[3] = 2  # told everywhere: number 3, seven times as likely as each other
+    all_ways = 8 + np.exp(2)
+    expected = (8 * (np.log(all_ways) - 2) + 0.2 * 504 * np.log(all_ways)) / 512
+    assert pupil.shapes_loss(shapes).item() == pytest.approx(expected, rel=1e-5)
+    network(torch.randn(2, 4, 16, 16), torch.tensor([3, 700]), torch.randn(2, 7, 64))
+    with torch.no_grad():
+        seen = pupil._seen.clone()
+        pupil.telling.bias.zero_()
+        pupil.telling.weight.view(9, 2, 2, 64)[3, 1, 0, 5] = 1  # told of each lower left cell, by one number of the state
+    logits = torch.zeros(2, 9, 16, 16)
+    logits[:, 3, 1::2, 0::2] = seen[:, 5]
+    counted = torch.where(shapes > 0, 1.0, 0.2)
+    expected = (counted * nn.functional.cross_entropy(logits, shapes.long(), reduction="none")).mean()
+    assert pupil.shapes_loss(shapes).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("scale", [2.0, 4.5])
 def test_the_contrastive_loss_is_exact_under_autocast(scale: float) -> None:
     """As in fp64: a logit of 90 has steps of a half in bf16."""
+    torch.manual_seed(0)
     texts = torch.randn(64, 16)
-    images = texts + 0.1 * torch.randn(64, 16)
+    images = texts + torch.randn(64, 16)  # so far away that some find another's
     logits = torch.nn.functional.cosine_similarity(texts[:, None].double(), images[None].double(), dim=-1) * np.exp(scale)
     own = torch.arange(64)
     expected = (nn.functional.cross_entropy(logits, own) + nn.functional.cross_entropy(logits.T, own)) / 2

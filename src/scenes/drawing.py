@@ -8,13 +8,15 @@ from random import Random
 import numpy as np
 from PIL import Image, ImageDraw
 
-from src.scenes.grammar import COLOURS, SIZE_PX, Background, Landscape, Scene, Thing
+from src.scenes.grammar import COLOURS, SHAPES, SIZE_PX, Background, Landscape, Scene, Thing
 
 FINER = 4  # drawn so many times larger, then averaged
+CELL_POINTS = 4  # squared: so many points of a cell say what it shows
 STRIPE_PX, DOT_PX = 16, 16  # the period
 OUTLINE_PX, OUTLINE = 3.0, 0.16  # at least so wide, or so much of the radius; half of it lies outside
 RING = 0.44
 Colour = tuple[int, int, int]
+Ink = Colour | int  # what a canvas of its kind is drawn on with
 SKIES = {  # from above to the horizon
     "by day": ((96, 165, 250), (219, 234, 254)), "at sunset": ((76, 29, 149), (251, 146, 60)),
     "at night": ((8, 12, 40), (30, 41, 90)),
@@ -30,9 +32,27 @@ def draw(scene: Scene) -> Image.Image:
         return _landscape(scene.landscape)
     large = background(scene.background)
     canvas = ImageDraw.Draw(large)
-    for thing in sorted(scene.things, key=lambda thing: -thing.radius):  # what is inside lies above
-        _draw_thing(canvas, thing)
+    for thing in _from_below(scene):
+        _draw_thing(canvas, thing, COLOURS[thing.colour], COLOURS.get(thing.outline or ""))
     return large.resize((SIZE_PX, SIZE_PX), Image.Resampling.BOX)
+
+
+def shapes_map(scene: Scene, side: int) -> np.ndarray:
+    """Which shape most of each cell shows: (side, side) uint8, 0 for none and n + 1 for the n-th of SHAPES."""
+    kinds = Image.new("L", (SIZE_PX * FINER, SIZE_PX * FINER))
+    canvas = ImageDraw.Draw(kinds)
+    for thing in _from_below(scene):
+        kind = 1 + SHAPES.index(thing.shape)
+        _draw_thing(canvas, thing, kind, None if thing.outline is None else kind)
+    points = np.asarray(kinds.resize((side * CELL_POINTS,) * 2, Image.Resampling.NEAREST))
+    points = points.reshape(side, CELL_POINTS, side, CELL_POINTS)
+    shares = np.stack([(points == kind).sum(axis=(1, 3)) for kind in range(1 + len(SHAPES))])
+    return shares.argmax(axis=0).astype(np.uint8)
+
+
+def _from_below(scene: Scene) -> list[Thing]:
+    """What is inside another thing lies above it."""
+    return sorted(scene.things, key=lambda thing: -thing.radius)
 
 
 def background(of: Background) -> Image.Image:
@@ -82,9 +102,9 @@ def outline_of(shape: str) -> list[tuple[float, float]]:
     return [(math.cos(2 * math.pi * i / 72), math.sin(2 * math.pi * i / 72)) for i in range(72)]  # circle, ring
 
 
-def _draw_thing(canvas: ImageDraw.ImageDraw, thing: Thing) -> None:
+def _draw_thing(canvas: ImageDraw.ImageDraw, thing: Thing, fill: Ink, outline: Ink | None) -> None:
     if thing.shape == "ring":
-        _draw_ring(canvas, thing)
+        _draw_ring(canvas, thing, fill)
         return
     turn, radius = math.radians(thing.turn), thing.radius
     corners = [
@@ -94,16 +114,16 @@ def _draw_thing(canvas: ImageDraw.ImageDraw, thing: Thing) -> None:
         )
         for x, y in outline_of(thing.shape)
     ]
-    canvas.polygon(corners, fill=COLOURS[thing.colour])
-    if thing.outline is not None:
+    canvas.polygon(corners, fill=fill)
+    if outline is not None:
         width = round(max(OUTLINE_PX, OUTLINE * radius) * FINER)
-        canvas.line([*corners, *corners[:2]], fill=COLOURS[thing.outline], width=width, joint="curve")
+        canvas.line([*corners, *corners[:2]], fill=outline, width=width, joint="curve")
 
 
-def _draw_ring(canvas: ImageDraw.ImageDraw, thing: Thing) -> None:
+def _draw_ring(canvas: ImageDraw.ImageDraw, thing: Thing, fill: Ink) -> None:
     """A line along a circle: what is in its hole is not painted over."""
     box = [(middle + sign * thing.radius) * FINER for sign in (-1, 1) for middle in (thing.x, thing.y)]
-    canvas.ellipse(box, outline=COLOURS[thing.colour], width=round(RING * thing.radius * FINER))
+    canvas.ellipse(box, outline=fill, width=round(RING * thing.radius * FINER))
 
 
 def _landscape(land: Landscape) -> Image.Image:

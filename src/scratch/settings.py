@@ -92,6 +92,7 @@ class UnetSettings:
     caption_dropout: float = 0.1  # what guidance needs: some captions are empty
     snr_gamma: float = 5.0
     snr_floor: float = 0.25  # what is added to min(SNR, gamma)
+    shapes_weight: float = 0.3  # of the second task, to tell which shape lies where
     examined: int = 500  # prompts that the result is checked on
     steps: int = 45_000
     batch_size: int = 16
@@ -167,7 +168,8 @@ def check(settings: ScratchSettings) -> None:
 def _range(name: str) -> tuple[float, float]:
     special: dict[str, tuple[float, float]] = {
         "caption_dropout": (0, 0.9), "ema_decay": (0, 0.99999), "learning_rate": (1e-7, 1), "seed": (0, 2**31),
-        "l1_weight": (0, 100), "naming_weight": (0, 100), "thumbnail_weight": (0, 100), "latent_channels": (3, 64),
+        "l1_weight": (0, 100), "naming_weight": (0, 100), "thumbnail_weight": (0, 100), "shapes_weight": (0, 100),
+        "latent_channels": (3, 64),
         "kl_weight": (0, 10), "weight_decay": (0, 10), "max_grad_norm": (1e-3, 1e6),
         "warmup_steps": (0, 1e6), "snr_gamma": (1e-3, 1e6), "snr_floor": (0, 1e6),
         "merges": (0, 40_000), "length": (8, 77), "held_out": (32, 90_000),

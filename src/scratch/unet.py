@@ -8,6 +8,9 @@ Predicting v (Salimans and Ho 2022, arXiv 2202.00512) and predicting e is the sa
 must be exact in: where nearly all is noise, v is the picture, e a copy of the input with a small difference that matters. There
 v halves the error in the same time (docs/bench/learning-*.md).
 
+A second task is learnt beside it: from the state of the middle block a linear layer tells which shape lies in which cell of the
+picture. Pixels hardly differ between a star and a heart of the same colour and place; this loss does. The layer is not kept.
+
 The VAE and the text tower are frozen: latents and embeddings are computed once.
 """
 
@@ -18,14 +21,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from src import diffusion, native
 from src.checkpoints import CheckpointFolder, read_manifest
@@ -35,6 +41,8 @@ from src.errors import UserError, refused, usage_error
 from src.evaluation.checking import check
 from src.evaluation.skills import Judged, Scores, choose
 from src.images import contact_sheet, encode_png
+from src.scenes.drawing import shapes_map
+from src.scenes.grammar import SHAPES
 from src.scratch import clip, phase_report, vae
 from src.scratch.card import BEGAN_FROM, SAMPLES, check_begin, files_of
 from src.scratch.learning import Lesson, device_of, learn, precision_of
@@ -53,6 +61,7 @@ SCHEDULER = {
 SAMPLING = {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": True}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 COMPILE_PAYS_SAMPLES = 100_000  # in bf16; in fp32 a step is 4 % faster, and the two and a half minutes are seldom paid back
+EMPTY_CELL = 0.2  # what telling that nothing lies there counts, beside a shape: most cells are empty
 JUDGED, CHECKED, SHOWN, SHOWN_STEPS, GUIDANCE = 256, 64, 24, 20, 5.0
 
 
@@ -63,6 +72,29 @@ class Material:
     latents: Tensor  # (N, 8, 16, 16)
     embeddings: Tensor  # (captions + 1, length, width) bf16; the last is that of the empty caption
     caption_of: Tensor  # (N,)
+    shapes: Tensor  # (N, 16, 16) uint8, which shape lies where: `src.scenes.drawing.shapes_map`
+
+
+class Pupil(nn.Module):
+    """The U-Net, and the layer that tells shapes from what its middle block gave last."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.unet, self.finer = unet, 2 ** (len(unet.config.block_out_channels) - 1)  # cells to a state's side
+        self.telling = nn.Conv2d(unet.config.block_out_channels[-1], (1 + len(SHAPES)) * self.finer**2, 1)
+        self._seen: Tensor | None = None
+        unet.mid_block.register_forward_hook(self._see)
+
+    def _see(self, block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self._seen = output
+
+    def shapes_loss(self, shapes: Tensor) -> Tensor:
+        """Cross-entropy of what lies in the cells (B, 16, 16) of the batch that the U-Net has just seen: a scalar."""
+        seen, self._seen = cast(Tensor, self._seen), None  # (B, D, 8, 8)
+        told = F.pixel_shuffle(self.telling(seen).float(), self.finer)  # (B, 1 + shapes, 16, 16)
+        counts = torch.ones(told.shape[1], device=told.device)
+        counts[0] = EMPTY_CELL
+        return F.cross_entropy(told, shapes.long(), weight=counts, reduction="none").mean()
 
 
 def build(settings: UnetSettings, text_width: int, latents: tuple[int, int]) -> UNet2DConditionModel:
@@ -139,6 +171,7 @@ def learn_unet(work: Work, settings: ScratchSettings, terminal: Terminal) -> dic
     unet = build(settings.unet, training.embeddings.shape[-1], (training.latents.shape[1], training.latents.shape[-1]))
     learnt_before, origin = begin(unet, work, settings.unet)
     unet = prepared(unet, device)
+    pupil = Pupil(unet).to(device)
     step_model = torch.compile(unet) if is_compiled(settings, device) else unet
     schedule = NoiseSchedule.from_config(SCHEDULER).to(device)
 
@@ -146,7 +179,9 @@ def learn_unet(work: Work, settings: ScratchSettings, terminal: Terminal) -> dic
         random = torch.Generator().manual_seed(settings.unet.seed * 1_000_003 + step)
         which = torch.randint(len(training.latents), (settings.unet.batch_size,), generator=random)
         is_dropped = torch.rand(settings.unet.batch_size, generator=random) < settings.unet.caption_dropout
-        return loss_of(step_model, training, which, is_dropped, random, schedule, settings.unet, device), {}
+        noise = loss_of(step_model, training, which, is_dropped, random, schedule, settings.unet, device)
+        shapes = pupil.shapes_loss(training.shapes[which].to(device))
+        return noise + settings.unet.shapes_weight * shapes, {"noise": float(noise.detach()), "shapes": float(shapes.detach())}
 
     def judge() -> tuple[dict[str, float], Image.Image]:
         random = torch.Generator().manual_seed(0)  # always the same noise at the same timesteps
@@ -161,7 +196,7 @@ def learn_unet(work: Work, settings: ScratchSettings, terminal: Terminal) -> dic
         figures = {"held_out_loss": float(sum(losses)) / len(which), f"adherence_of_{len(scenes)}": sum(right) / len(right)}
         return figures, sheet(pictures[:SHOWN], [scene.caption for scene in scenes[:SHOWN]])
 
-    lesson = Lesson("unet", unet, settings.unet, loss, judge, {"inputs": inputs})
+    lesson = Lesson("unet", pupil, settings.unet, loss, judge, {"inputs": inputs})
     figures = learn(lesson, work.of("unet"), settings.machine, terminal)
     figures["parameters"] = sum(item.numel() for item in unet.parameters())
     figures["samples"] = learnt_before + settings.unet.steps * settings.unet.batch_size
@@ -181,24 +216,36 @@ def loss_of(
     """The mean loss of some examples, each at a timestep of its own: a scalar."""
     latents = material.latents[which].to(device)  # x_0 (B, 8, 16, 16)
     noise = torch.randn(latents.shape, generator=random).to(device)  # e (B, 8, 16, 16)
-    timesteps = torch.randint(schedule.timesteps, (len(which),), generator=random).to(device)  # t (B,)
+    weights = weights_of(schedule, settings)  # w (1000,)
+    timesteps = timesteps_by(weights, len(which), random).to(device)  # t (B,), as often as their weights say
     empty = len(material.embeddings) - 1
     captions = material.embeddings[material.caption_of[which].masked_fill(is_dropped, empty)]  # (B, 32, D)
     noisy = diffusion.add_noise(schedule, latents, noise, timesteps)  # x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e
     target = diffusion.target(schedule, latents, noise, timesteps)  # v_t = sqrt(a_t) e - sqrt(1 - a_t) x_0
     noisy = noisy.contiguous(memory_format=torch.channels_last)
     predicted = unet(noisy, timesteps, captions.to(device).float(), return_dict=False)[0]  # v' (B, 8, 16, 16)
-    weights = weights_of(schedule, timesteps, settings)  # w_t (B,)
-    return diffusion.weighted_loss(predicted, target, weights).mean()  # w_t |v_t - v'|^2
+    return weights.mean() * F.mse_loss(predicted.float(), target)  # the mean of w_t |v_t - v'|^2 over all t
 
 
-def weights_of(schedule: NoiseSchedule, timesteps: Tensor, settings: UnetSettings) -> Tensor:
-    """(min(SNR, gamma) + floor) / (SNR + 1) of each timestep, (B,): min-SNR (Hang et al. 2023) with a floor.
+def weights_of(schedule: NoiseSchedule, settings: UnetSettings) -> Tensor:
+    """(min(SNR, gamma) + floor) / (SNR + 1) of each timestep, (1000,): min-SNR (Hang et al. 2023) with a floor.
 
     Without it next to nothing is learnt of what is decided where SNR is small: which colours, and where things stand.
     """
-    floor = settings.snr_floor / (schedule.snr[timesteps] + 1)
-    return diffusion.loss_weights(schedule, timesteps, settings.snr_gamma) + floor
+    floor = settings.snr_floor / (schedule.snr + 1)
+    every = torch.arange(schedule.timesteps, device=schedule.snr.device)
+    return diffusion.loss_weights(schedule, every, settings.snr_gamma) + floor
+
+
+def timesteps_by(weights: Tensor, count: int, random: torch.Generator) -> Tensor:
+    """Timesteps (count,) drawn as often as their weights (T,) say, one from each of as many equal shares of the weight.
+
+    The loss is the same in the mean as with equal chances and w_t before each square, but every example counts as much, and no
+    batch lacks a part of the schedule (Kingma et al. 2021, arXiv 2107.00630, appendix I).
+    """
+    shares = weights.double().cpu().cumsum(0)
+    places = (torch.rand(1, generator=random, dtype=torch.float64) + torch.arange(count)) / count  # (count,) in [0, 1)
+    return torch.searchsorted(shares, places * shares[-1], right=True).clamp(max=len(weights) - 1)
 
 
 def gather(work: Work, settings: ScratchSettings, split: str, autoencoder: torch.nn.Module, terminal: Terminal) -> Material:
@@ -221,7 +268,8 @@ def gather(work: Work, settings: ScratchSettings, split: str, autoencoder: torch
     text = clip.read_text_tower(work).to(device_of(settings.machine))
     embeddings = clip.embed(text, read_tokenizer(work), [*distinct, ""], settings)
     caption_of = torch.tensor([number[caption] for caption in pictures.captions])
-    return Material(latents.float() * autoencoder.config.scaling_factor, embeddings, caption_of)
+    shapes = torch.from_numpy(np.stack([shapes_map(scene, latents.shape[-1]) for scene in pictures.scenes]))
+    return Material(latents.float() * autoencoder.config.scaling_factor, embeddings, caption_of, shapes)
 
 
 @torch.no_grad()
