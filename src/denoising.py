@@ -97,7 +97,14 @@ def denoise(
         arguments |= _start_arguments(pipeline, request, sources, start)
     vae_dtype = pipeline.vae.dtype
     with torch.no_grad(), _shortcuts(pipeline, request):
-        sampler = _as_mode(pipeline, request.mode)
+        if start is not None and _has_other_latents(pipeline):
+            from src.any_latents import AnyLatentsPipeline
+
+            sampler = AnyLatentsPipeline.of(pipeline, start.mask, request.strength)
+            if start.mask is not None:
+                arguments["callback_on_step_end"] = sampler.keep_known(arguments["callback_on_step_end"])
+        else:
+            sampler = _as_mode(pipeline, request.mode)
         sampler.set_progress_bar_config(disable=True)  # ours spans all pictures
         latents = sampler(**arguments).images
     if pipeline.vae.dtype != vae_dtype:  # SDXL's inpainting pipeline casts it, on the assumption that it came in fp16
@@ -224,6 +231,12 @@ def _watch(scheduler: SchedulerMixin, seen: dict[str, torch.Tensor]) -> None:
     scheduler.step = watched_step
 
 
+def _has_other_latents(pipeline: DiffusionPipeline) -> bool:
+    """Whether its latents have another number of channels than the four that diffusers takes them to have."""
+    channels = pipeline.vae.config.latent_channels
+    return channels != 4 and pipeline.unet.config.in_channels == channels and not hasattr(pipeline, "text_encoder_2")
+
+
 def _as_mode(pipeline: DiffusionPipeline, mode: str) -> DiffusionPipeline:
     """The same components in the pipeline class of the mode; nothing is copied."""
     is_sdxl = hasattr(pipeline, "text_encoder_2")
@@ -239,7 +252,8 @@ def _start_arguments(
 ) -> dict[str, Any]:
     """The arguments of image to image and inpainting. Latents are handed over in place of pixels: see the module's head."""
     arguments: dict[str, Any] = {"strength": request.strength}
-    if start.mask is not None:
+    is_told = start.mask is not None and not _has_other_latents(pipeline)
+    if is_told:
         arguments |= {"mask_image": start.mask, "width": request.width, "height": request.height}
     if pipeline.unet.config.in_channels == 9:  # it is shown the picture with a hole, which diffusers makes of the pixels
         return arguments | {"image": start.image}
@@ -249,7 +263,7 @@ def _start_arguments(
     latents = latents.to(pipeline.unet.dtype)
     if not torch.isfinite(latents).all():
         raise VaeNotFinite("the VAE's encoding")
-    if start.mask is not None:
+    if is_told:
         arguments["masked_image_latents"] = latents  # not looked at by a U-Net of 4 channels, but encoded when absent
     return arguments | {"image": latents}
 

@@ -266,12 +266,18 @@ def norm(width: int) -> int:
     return 2 * width
 
 
-def resnet_layers(inputs: int, outputs: int, time_width: int = 0) -> Iterator[int]:
+def resnet_layers(inputs: int, outputs: int, time: tuple[int, int] | None = None) -> Iterator[int]:
+    """``time``: width of the timestep's embedding, and how many numbers of each channel follow from it."""
     yield from (norm(inputs), conv(inputs, outputs), norm(outputs), conv(outputs, outputs))
-    if time_width:
-        yield linear(time_width, outputs)
+    if time:
+        yield linear(time[0], time[1] * outputs)
     if inputs != outputs:
         yield conv(inputs, outputs, kernel=1)
+
+
+def time_of(unet: Config) -> tuple[int, int]:
+    """Width of the timestep's embedding; how many numbers of each of a ResNet's channels follow from it: shift, and scale."""
+    return 4 * unet["block_out_channels"][0], 2 if unet.get("resnet_time_scale_shift") == "scale_shift" else 1
 
 
 def transformer_layers(width: int, depth: int, context: int) -> Iterator[int]:
@@ -290,17 +296,19 @@ def transformer_layers(width: int, depth: int, context: int) -> Iterator[int]:
 
 def _unet_layers(unet: Config) -> Iterator[int]:
     down, mid, up = unet_blocks(unet)
-    first = unet["block_out_channels"][0]
-    time_width = 4 * first
+    first, (time_width, _) = unet["block_out_channels"][0], time_of(unet)
     yield conv(unet.get("in_channels", 4), first)
     yield from (linear(first, time_width), linear(time_width, time_width))
     if unet.get("time_cond_proj_dim"):  # guidance as an input: latent consistency models
         yield linear(unet["time_cond_proj_dim"], first, bias=False)
     if unet.get("addition_embed_type") == "text_time":
         yield from (linear(unet["projection_class_embeddings_input_dim"], time_width), linear(time_width, time_width))
+    if unet.get("addition_embed_type") == "text":  # the caption, pooled by attention
+        text = unet["cross_attention_dim"]
+        yield from (norm(text), text, *[linear(text, text)] * 3, linear(text, time_width), norm(time_width))
     for block in (*down, *([mid] if mid else []), *up):
         for inputs, outputs in block.resnets:
-            yield from resnet_layers(inputs, outputs, time_width)
+            yield from resnet_layers(inputs, outputs, time_of(unet))
         attentions = 0 if not block.depth else 1 if block is mid else len(block.resnets)
         for _ in range(attentions):
             yield from transformer_layers(block.channels, block.depth, block.context)

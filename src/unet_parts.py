@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from src.model_shapes import Block, ModelShapes, conv, linear, norm, resnet_layers, transformer_layers, unet_blocks
+from src.model_shapes import Block, ModelShapes, conv, linear, norm, resnet_layers, time_of, transformer_layers, unet_blocks
 from src.unet_weights import transformers
 
 LAST_BLOCKS = 2  # of the way up, those of the highest resolutions
@@ -22,15 +22,15 @@ def is_in_part(name: str, part: str, up_blocks: int) -> bool:
 def part_numbers(shapes: ModelShapes, part: str) -> int:
     """How many numbers learn."""
     down, mid, up = unet_blocks(shapes.unet)
-    first = shapes.unet["block_out_channels"][0]
+    first, time = shapes.unet["block_out_channels"][0], time_of(shapes.unet)
     if part == "all":
         return shapes.parameters["unet"]
     if part == "cross-attention":
         return sum(_cross_attention(block, mid) for block in (*down, *([mid] if mid else []), *up))
     if part == "mid":
-        return _block(mid, mid, first) if mid else 0
+        return _block(mid, mid, time) if mid else 0
     output = norm(first) + conv(first, shapes.unet.get("out_channels", 4))
-    return output + sum(_block(block, mid, first) for block in up[-LAST_BLOCKS:])
+    return output + sum(_block(block, mid, time) for block in up[-LAST_BLOCKS:])
 
 
 def _cross_attention(block: Block, mid: Block | None) -> int:
@@ -40,7 +40,7 @@ def _cross_attention(block: Block, mid: Block | None) -> int:
     return transformers(block, mid) * block.depth * layer
 
 
-def _block(block: Block, mid: Block | None, first: int) -> int:
-    count = sum(sum(resnet_layers(inputs, outputs, 4 * first)) for inputs, outputs in block.resnets)
+def _block(block: Block, mid: Block | None, time: tuple[int, int]) -> int:
+    count = sum(sum(resnet_layers(inputs, outputs, time)) for inputs, outputs in block.resnets)
     count += transformers(block, mid) * sum(transformer_layers(block.channels, block.depth, block.context))
     return count + conv(block.channels, block.channels) * block.resample

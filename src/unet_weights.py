@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from src.model_shapes import Block, Config, ModelShapes, conv, resnet_layers, transformer_layers, unet_blocks
+from src.model_shapes import Block, Config, ModelShapes, conv, resnet_layers, time_of, transformer_layers, unet_blocks
 
 ELEMENT_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 # bitsandbytes' forms of a weight: a byte and a scale per row; half a byte and a scale per 64 numbers.
@@ -40,10 +40,10 @@ class OffloadGroups:
 def offload_groups(shapes: ModelShapes) -> OffloadGroups:
     """The groups of a U-Net: each ResNet block, each transformer, each resampler is one."""
     down, mid, up = unet_blocks(shapes.unet)
-    time_width = 4 * shapes.unet["block_out_channels"][0]
+    time = time_of(shapes.unet)
     groups = []
     for block in (*down, *([mid] if mid else []), *up):
-        groups += [sum(resnet_layers(inputs, outputs, time_width)) for inputs, outputs in block.resnets]
+        groups += [sum(resnet_layers(inputs, outputs, time)) for inputs, outputs in block.resnets]
         transformer = sum(transformer_layers(block.channels, block.depth, block.context))
         groups += [transformer] * transformers(block, mid)
         groups += [conv(block.channels, block.channels)] * block.resample
@@ -53,14 +53,17 @@ def offload_groups(shapes: ModelShapes) -> OffloadGroups:
 def matrices(unet: Config) -> Iterator[tuple[int, int]]:
     """(inputs, outputs) of every linear layer."""
     down, mid, up = unet_blocks(unet)
-    first = unet["block_out_channels"][0]
-    yield from ((first, 4 * first), (4 * first, 4 * first))
+    first, (time_width, numbers) = unet["block_out_channels"][0], time_of(unet)
+    yield from ((first, time_width), (time_width, time_width))
     if unet.get("time_cond_proj_dim"):
         yield (unet["time_cond_proj_dim"], first)
     if unet.get("addition_embed_type") == "text_time":
-        yield from ((unet["projection_class_embeddings_input_dim"], 4 * first), (4 * first, 4 * first))
+        yield from ((unet["projection_class_embeddings_input_dim"], time_width), (time_width, time_width))
+    if unet.get("addition_embed_type") == "text":
+        text = unet["cross_attention_dim"]
+        yield from ((text, text), (text, text), (text, text), (text, time_width))
     for block in (*down, *([mid] if mid else []), *up):
-        yield from ((4 * first, channels_out) for _, channels_out in block.resnets)
+        yield from ((time_width, numbers * channels_out) for _, channels_out in block.resnets)
         for _ in range(transformers(block, mid)):
             yield from attention_matrices(block)
             yield from other_matrices(block)[0 if unet.get("use_linear_projection", False) else 2 :]

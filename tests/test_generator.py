@@ -155,6 +155,35 @@ def test_an_inpainting_unet_with_nine_channels_equals_diffusers(tmp_path) -> Non
         generator.generate(PROMPT)
 
 
+@pytest.mark.parametrize(("strength", "sampler"), [(0.8, "euler_a"), (1.0, "dpm++_2m_karras"), (1.0, "euler")])
+def test_inpainting_with_any_latents_equals_diffusers_where_that_knows_them(sd1, monkeypatch, strength, sampler) -> None:
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (16, 0, 64, 40))
+    start = gradient(64, 64)
+    options = {"init_image": start, "mask_image": mask, "strength": strength, "seed": SEED, "scheduler": sampler}
+    expected = sd1.generate(PROMPT, NEGATIVE, **options, num_images=2, batch_size=2)
+    monkeypatch.setattr(denoising, "_has_other_latents", lambda pipeline: True)
+    found = sd1.generate(PROMPT, NEGATIVE, **options, num_images=2, batch_size=2)
+    assert max(map(largest_difference, found, expected)) == 0
+    steps: list[float] = []
+    sd1.generate(PROMPT, NEGATIVE, **options, on_step=lambda step: steps.append(step.latents().shape[1]))
+    assert steps == [4] * int(STEPS * strength)
+
+
+def test_image_to_image_with_twelve_latents_equals_diffusers(tmp_path) -> None:
+    tiny = pipelines.sd1(in_channels=12, latent_channels=12)
+    generator = TextToImageGenerator(config_for(pipelines.save(tiny, tmp_path / "twelve"), tmp_path))
+    reference = StableDiffusionImg2ImgPipeline(**tiny.components, requires_safety_checker=False)
+    reference.set_progress_bar_config(disable=True)
+    start, source = gradient(64, 64), [torch.Generator("cpu").manual_seed(SEED)]
+    expected = reference(PROMPT, image=start, strength=0.6, generator=source, **SETTINGS).images[0]
+    (mine,) = generator.generate(PROMPT, NEGATIVE, init_image=start, strength=0.6, seed=SEED)
+    assert largest_difference(mine, expected) <= 1
+    everywhere = Image.new("L", (64, 64), 255)
+    (painted,) = generator.generate(PROMPT, NEGATIVE, init_image=start, mask_image=everywhere, strength=0.6, seed=SEED)
+    assert largest_difference(painted, mine) == 0, "all of it is repainted"
+
+
 # -- seeds
 
 

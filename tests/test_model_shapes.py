@@ -72,7 +72,7 @@ def trace_unet(config: dict, size: tuple[int, int], batch: int, device: str, dty
     with torch.device(device), FusedAttention() if device == "meta" else torch.no_grad(), torch.no_grad():
         unet = UNet2DConditionModel.from_config(config).eval().to(dtype)
         added = {}
-        if unet.config.addition_embed_type:
+        if unet.config.addition_embed_type == "text_time":
             ids = unet.config.addition_time_embed_dim * 6
             pooled = torch.zeros(batch, unet.config.projection_class_embeddings_input_dim - ids, dtype=dtype)
             added = {"text_embeds": pooled, "time_ids": torch.zeros(batch, 6, dtype=dtype)}
@@ -123,6 +123,8 @@ def test_a_saved_pipeline_is_read_exactly(build, tmp_path):
         {"cross_attention_dim": [24, 40]},
         {"time_cond_proj_dim": 16},
         {"block_out_channels": [32, 96]},
+        {"addition_embed_type": "text", "addition_embed_type_num_heads": 4},
+        {"resnet_time_scale_shift": "scale_shift"},
     ],
 )
 def test_unusual_unets_are_counted_too(change):
@@ -171,7 +173,7 @@ def test_tiled_decode_equals_the_traced_peak(side_px):
 
 
 def test_wide_and_odd_maps_are_traced_too():
-    unet = embedded_unet(block_out_channels=[16, 16, 512], mid_block_type=None)
+    unet = embedded_unet(block_out_channels=[16, 16, 512], mid_block_type=None, attention_head_dim=8)
     unet |= {"down_block_types": ["DownBlock2D"] * 3, "up_block_types": ["UpBlock2D"] * 3}
     traced = trace_unet(unet, (13, 9), 1, "meta", torch.float32)  # 13 -> 7 -> 4, 9 -> 5 -> 3
     assert unet_activation_bytes(unet, (13, 9), 1, 4, workspace=False) == pytest.approx(traced, rel=0.01)

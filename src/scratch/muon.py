@@ -115,12 +115,12 @@ def _iterated(x: Tensor) -> Tensor:
 def _polynomial(square: Tensor) -> Tensor:
     """p(x x^T) such that p(x x^T) x is what the iterations make of x."""
     a, b, c = QUINTIC
-    one = torch.eye(len(square), device=square.device, dtype=square.dtype)
-    product = one
-    for _ in range(ITERATIONS):
+    one = product = torch.eye(len(square), device=square.device, dtype=square.dtype)
+    for iteration in range(ITERATIONS):
         factor = a * one + b * square + c * square @ square
-        product = factor @ product
-        square = factor @ factor @ square  # of factor x, for all these commute
+        product = factor @ product if iteration else factor
+        if iteration + 1 < ITERATIONS:
+            square = factor @ factor @ square  # of factor x, for all these commute
     return product
 
 

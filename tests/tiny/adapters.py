@@ -145,7 +145,7 @@ def outputs(models: Mapping[str, nn.Module], dtype: torch.dtype = torch.float32)
         extra["time_ids"] = torch.full((2, 6), 64.0, dtype=dtype)
     result = {"unet": unet(latents, torch.tensor([500, 20]), context, added_cond_kwargs=extra).sample}
     tokens = torch.randint(0, 600, (2, 77), generator=dice)
-    tokens[:, -1] = 675  # the end token, whose features are the pooled ones
+    tokens[:, -1] = pipelines.SPECIAL["eos_token_id"]  # the end token, whose features are the pooled ones
     for name in ("text_encoder", "text_encoder_2"):
         if name in models:
             answer = models[name](tokens)

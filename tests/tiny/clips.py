@@ -12,8 +12,8 @@ def save_clip(folder: Path, seed: int = 0, image_px: int = 32) -> Path:
     """Write the CLIP with its tokenizer into ``folder``, and return that. Features have 16 dimensions."""
     torch.manual_seed(seed)
     text = {
-        "vocab_size": 676, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "max_position_embeddings": 77, "bos_token_id": 674, "eos_token_id": 675, "pad_token_id": 675,
+        **pipelines.SPECIAL, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 77, "pad_token_id": pipelines.SPECIAL["eos_token_id"],
     }  # fmt: skip
     vision = {
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": image_px,

@@ -26,18 +26,21 @@ def tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(TOKENIZER, model_max_length=WINDOW, pad_token=pad_token)
 
 
+SPECIAL = {"vocab_size": len(tokenizer()), "bos_token_id": tokenizer().bos_token_id, "eos_token_id": tokenizer().eos_token_id}
+
+
 def text_config(width: int, layers: int = 3, **extra: object) -> CLIPTextConfig:
     return CLIPTextConfig(
-        vocab_size=676, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=4,
-        max_position_embeddings=WINDOW, bos_token_id=674, eos_token_id=675, pad_token_id=675, projection_dim=width, **extra,
+        **SPECIAL, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=4,
+        max_position_embeddings=WINDOW, pad_token_id=SPECIAL["eos_token_id"], projection_dim=width, **extra,
     )  # fmt: skip
 
 
-def vae(seed: int = 0) -> AutoencoderKL:
+def vae(seed: int = 0, latent_channels: int = 4) -> AutoencoderKL:
     torch.manual_seed(seed)
     return AutoencoderKL(
         block_out_channels=(8, 8, 16, 16), down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1, norm_num_groups=4, latent_channels=4, sample_size=64,
+        layers_per_block=1, norm_num_groups=4, latent_channels=latent_channels, sample_size=64,
     ).eval()  # fmt: skip
 
 
@@ -48,17 +51,20 @@ def scheduler(prediction_type: str = "epsilon") -> DPMSolverMultistepScheduler:
     )  # fmt: skip
 
 
-def sd1(seed: int = 0, cross_attention_dim: int = 32, in_channels: int = 4, linear: bool = False) -> StableDiffusionPipeline:
+def sd1(
+    seed: int = 0, cross_attention_dim: int = 32, in_channels: int = 4, linear: bool = False, latent_channels: int = 4
+) -> StableDiffusionPipeline:  # fmt: skip
     """SD1 shape: one text encoder, convolutional projections. ``linear=True`` gives SD2's linear projections."""
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
-        sample_size=8, in_channels=in_channels, block_out_channels=(32, 64), layers_per_block=2, norm_num_groups=8,
+        sample_size=8, in_channels=in_channels, out_channels=latent_channels, block_out_channels=(32, 64),
+        layers_per_block=2, norm_num_groups=8,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=cross_attention_dim, attention_head_dim=4, use_linear_projection=linear,
     ).eval()  # fmt: skip
     text_encoder = CLIPTextModel(text_config(cross_attention_dim)).eval()
     return StableDiffusionPipeline(
-        vae=vae(seed), text_encoder=text_encoder, tokenizer=tokenizer(), unet=unet, scheduler=scheduler(),
+        vae=vae(seed, latent_channels), text_encoder=text_encoder, tokenizer=tokenizer(), unet=unet, scheduler=scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
 
