@@ -19,7 +19,7 @@ LIGHT = [
 ]  # fmt: skip
 HEAVY = [
     "scenes", "quantization", "native", "cpu_kernels", "cpu_memory", "cpu_layers", "optimizations", "model_weights", "base_models", "conditioning",
-    "guidance_interval", "step_cache", "token_merging", "denoising", "lora", "memory_ladder",
+    "guidance_interval", "step_cache", "token_merging", "any_latents", "denoising", "lora", "memory_ladder",
     "drawn_recipe", "generator", "report", "preparation",
     "diffusion", "training", "example_subject", "evaluation", "scratch",
 ]  # fmt: skip
@@ -130,6 +130,7 @@ def test_diffusers_and_peft_stay_in_their_rooms() -> None:
             "lean_imports",
             "schedulers",
             "optimizations",
+            "any_latents",
             "denoising",
             "generator",
             "lora",

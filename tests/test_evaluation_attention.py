@@ -61,7 +61,7 @@ def test_one_step_has_no_thirds_and_a_lora_may_be_in_it(base, tmp_path) -> None:
 
 def test_sdxl_a_long_prompt_and_a_sampler_that_asks_twice(tmp_path) -> None:
     base = model(tmp_path / "xl", "sdxl")
-    prompt = "a castle, " * 12 + "a (blue:1.4) square"
+    prompt = "a castle, " * 14 + "a (blue:1.4) square"
     run = Run(attention, tmp_path / "out", [prompt, "--model", str(base), "--steps", "3", "--sampler", "Heun"])
     assert run.result["calls"] == 5
     words = {word["word"]: word for word in run.result["words"]}

@@ -37,23 +37,23 @@ class TokenizerSettings:
 
 @dataclass(slots=True)
 class VaeSettings:
-    """AutoencoderKL: a picture of 128 x 128 becomes 16 x 16 latents of 8 channels."""
+    """AutoencoderKL: a picture of 128 x 128 becomes 16 x 16 latents of 12 channels."""
 
     channels: tuple[int, ...] = (16, 32, 64, 128)
     layers: int = 1
-    latent_channels: int = 8
+    latent_channels: int = 12
     crop_px: int = 64
     l1_weight: float = 0.2  # beside the squared error: sharper edges
     kl_weight: float = 2e-5
     thumbnail_weight: float = 1.0  # of the first three channels, to be a small picture
-    steps: int = 6000
-    batch_size: int = 16
+    steps: int = 5000
+    batch_size: int = 4
     learning_rate: float = 2e-3
     warmup_steps: int = 100
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
     ema_decay: float = 0.998
-    validation_steps: int = 500
+    validation_steps: int = 1000
     checkpoint_steps: int = 500
     seed: int = 1
 
@@ -85,7 +85,7 @@ class UnetSettings:
     """UNet2DConditionModel: tells noise from picture in latents, told the timestep and the caption."""
 
     begin_from: str | None = None  # a model's folder, whose U-Net goes on learning; else random weights
-    channels: tuple[int, ...] = (96, 192)
+    channels: tuple[int, ...] = (64, 128)
     layers: int = 1  # of each level downwards, one more upwards
     attention_levels: int = 1  # the innermost so many attend to pixels and caption
     head_width: int = 32
@@ -94,15 +94,15 @@ class UnetSettings:
     snr_floor: float = 0.25  # what is added to min(SNR, gamma)
     shapes_weight: float = 0.3  # of the second task, to tell which shape lies where
     examined: int = 500  # prompts that the result is checked on
-    steps: int = 45_000
+    steps: int = 7000
     batch_size: int = 16
     learning_rate: float = 4e-3
     warmup_steps: int = 400
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
-    validation_steps: int = 3000
-    checkpoint_steps: int = 1500
+    validation_steps: int = 2000
+    checkpoint_steps: int = 1000
     seed: int = 3
 
 

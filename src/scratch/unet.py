@@ -1,6 +1,6 @@
 """The fifth phase: a network that tells noise from picture, guided by the caption (Ho et al. 2020; Rombach et al. 2022).
 
-    x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e          latents x_0 (B, 8, 16, 16), noise e of the same shape, t in 0 .. 999
+    x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e          latents x_0 (B, 12, 16, 16), noise e of the same shape, t in 0 .. 999
     v_t = sqrt(a_t) e - sqrt(1 - a_t) x_0          what the network gives; e = sqrt(a_t) v_t + sqrt(1 - a_t) x_t follows from it
     loss = w_t |v_t - v'(x_t, t, caption)|^2       w_t: see `weights_of`; the caption is empty one time in ten
 
@@ -70,7 +70,7 @@ JUDGED, CHECKED, SHOWN, SHOWN_STEPS, GUIDANCE = 256, 64, 24, 20, 5.0
 class Material:
     """What the U-Net learns from: latents of deviation 1, embeddings of each distinct caption, and whose is whose."""
 
-    latents: Tensor  # (N, 8, 16, 16)
+    latents: Tensor  # (N, 12, 16, 16)
     embeddings: Tensor  # (captions + 1, length, width) bf16; the last is that of the empty caption
     caption_of: Tensor  # (N,)
     shapes: Tensor  # (N, 16, 16) uint8, which shape lies where: `src.scenes.drawing.shapes_map`
@@ -215,8 +215,8 @@ def loss_of(
     schedule: NoiseSchedule, settings: UnetSettings, device: torch.device,
 ) -> Tensor:  # fmt: skip
     """The mean loss of some examples, each at a timestep of its own: a scalar."""
-    latents = material.latents[which].to(device)  # x_0 (B, 8, 16, 16)
-    noise = torch.randn(latents.shape, generator=random).to(device)  # e (B, 8, 16, 16)
+    latents = material.latents[which].to(device)  # x_0 (B, 12, 16, 16)
+    noise = torch.randn(latents.shape, generator=random).to(device)  # e (B, 12, 16, 16)
     weights = weights_of(schedule, settings)  # w (1000,)
     timesteps = timesteps_by(weights, len(which), random).to(device)  # t (B,), as often as their weights say
     empty = len(material.embeddings) - 1
@@ -224,7 +224,7 @@ def loss_of(
     noisy = diffusion.add_noise(schedule, latents, noise, timesteps)  # x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e
     target = diffusion.target(schedule, latents, noise, timesteps)  # v_t = sqrt(a_t) e - sqrt(1 - a_t) x_0
     noisy = noisy.contiguous(memory_format=torch.channels_last)
-    predicted = unet(noisy, timesteps, captions.to(device).float(), return_dict=False)[0]  # v' (B, 8, 16, 16)
+    predicted = unet(noisy, timesteps, captions.to(device).float(), return_dict=False)[0]  # v' (B, 12, 16, 16)
     return weights.mean() * F.mse_loss(predicted.float(), target)  # the mean of w_t |v_t - v'|^2 over all t
 
 
@@ -275,7 +275,7 @@ def gather(work: Work, settings: ScratchSettings, split: str, autoencoder: torch
 
 @torch.no_grad()
 def _encode(autoencoder: torch.nn.Module, pixels: Tensor, settings: ScratchSettings, terminal: Terminal) -> Tensor:
-    """(N, 8, 16, 16) in fp16."""
+    """(N, 12, 16, 16) in fp16."""
     device, parts = autoencoder.device, []
     if device.type == "cpu":
         keep_freed_memory()  # a quarter of the time
@@ -332,7 +332,7 @@ def sample(
     shape = (1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
     seeds = range(first_seed, first_seed + len(captions))
     noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    latents = noise.to(device) * scheduler.init_noise_sigma  # (B, 8, 16, 16)
+    latents = noise.to(device) * scheduler.init_noise_sigma  # (B, 12, 16, 16)
     both = torch.cat([empty.expand_as(captions), captions]).to(device).float()
     for timestep in scheduler.timesteps:
         inputs = scheduler.scale_model_input(torch.cat([latents, latents]), timestep)

@@ -1,6 +1,6 @@
 """The third phase: an autoencoder whose latents are orderly (Kingma and Welling 2013, arXiv 1312.6114; Rombach et al. 2022).
 
-    pixels (B, 3, 128, 128) --encoder--> mean, log variance (B, 8, 16, 16) --sample--> latents --decoder--> (B, 3, 128, 128)
+    pixels (B, 3, 128, 128) --encoder--> mean, log variance (B, 12, 16, 16) --sample--> latents --decoder--> (B, 3, 128, 128)
 
 The first three channels are asked to be a thumbnail of the picture, the others hold what it lacks. So colours lie where a
 diffusion model finds them, and both halves learn faster: each has something to go by before the other has learnt anything.
@@ -53,7 +53,7 @@ def kl_to_normal(mean: Tensor, log_variance: Tensor) -> Tensor:
 
 def loss_of(vae: AutoencoderKL, pixels: Tensor, settings: VaeSettings) -> tuple[Tensor, dict[str, float]]:
     """|x - x'|^2 + a |x - x'| + b KL + c |m - thumbnail|^2 for pixels (B, 3, h, w) in [-1, 1]; the settings' a, b and c."""
-    posterior = vae.encode(pixels).latent_dist  # mean m and log variance (B, 8, h/8, w/8)
+    posterior = vae.encode(pixels).latent_dist  # mean m and log variance (B, 12, h/8, w/8)
     rebuilt = vae.decode(posterior.sample()).sample.float()  # (B, 3, h, w)
     squared, absolute = F.mse_loss(rebuilt, pixels), F.l1_loss(rebuilt, pixels)
     kl = kl_to_normal(posterior.mean.float(), posterior.logvar.float()).mean()
@@ -127,7 +127,7 @@ def read_vae(work: Work) -> AutoencoderKL:
 
 
 def encode(vae: AutoencoderKL, pixels: Tensor, batch_size: int = 32) -> Tensor:
-    """Means of the latents (B, 8, 16, 16) of pixels (B, 3, 128, 128) in [-1, 1], not scaled."""
+    """Means of the latents (B, 12, 16, 16) of pixels (B, 3, 128, 128) in [-1, 1], not scaled."""
     parts = [
         vae.encode(part.contiguous(memory_format=torch.channels_last)).latent_dist.mean for part in pixels.split(batch_size)
     ]
