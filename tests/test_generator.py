@@ -155,7 +155,7 @@ def test_an_inpainting_unet_with_nine_channels_equals_diffusers(tmp_path) -> Non
         generator.generate(PROMPT)
 
 
-@pytest.mark.parametrize(("strength", "sampler"), [(0.8, "euler_a"), (1.0, "dpm++_2m_karras"), (1.0, "euler")])
+@pytest.mark.parametrize(("strength", "sampler"), [(0.8, "euler_a"), (1.0, "dpm++_2m_karras"), (0.8, "ddim"), (1.0, "ddim")])
 def test_inpainting_with_any_latents_equals_diffusers_where_that_knows_them(sd1, monkeypatch, strength, sampler) -> None:
     mask = Image.new("L", (64, 64))
     mask.paste(255, (16, 0, 64, 40))
