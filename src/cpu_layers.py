@@ -207,17 +207,26 @@ class FastGroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         return native.group_norm(x, self) if self._takes(x) else super().forward(x)
 
-    def activated(self, x: Tensor, shift: Tensor | None = None, *, in_place: bool = False) -> Tensor:
-        """``SiLU(norm(x + shift))``: x (B, C, h, w), shift (B, C); ``in_place``: over x, where that is possible."""
-        if not (self._forward_hooks or self._forward_pre_hooks) and self._takes(x, shift):
-            return native.group_norm(x, self, shift=shift, with_silu=True, out=x if in_place else None)
-        return F.silu(self(x if shift is None else x + shift[:, :, None, None]))
+    def activated(
+        self, x: Tensor, shift: Tensor | None = None, modulation: Tensor | None = None, *, in_place: bool = False
+    ) -> Tensor:
+        """``SiLU(norm(x + shift) * (1 + m) + n)``: x (B, C, h, w), ``shift`` (B, C), ``modulation`` m and after it n (B, 2 C).
 
-    def _takes(self, x: Tensor, shift: Tensor | None = None) -> bool:
+        ``in_place``: over x, where that is possible.
+        """
+        if not (self._forward_hooks or self._forward_pre_hooks) and self._takes(x, shift, modulation):
+            return native.group_norm(x, self, shift=shift, modulation=modulation, with_silu=True, out=x if in_place else None)
+        y = self(x if shift is None else x + shift[:, :, None, None])
+        if modulation is not None:
+            scale, after = modulation[:, :, None, None].chunk(2, dim=1)
+            y = y * (1 + scale) + after
+        return F.silu(y)
+
+    def _takes(self, x: Tensor, shift: Tensor | None = None, modulation: Tensor | None = None) -> bool:
         """Whether the kernel does: it knows no gradients."""
-        parts = (x, shift, self.weight, self.bias)
+        parts = (x, shift, modulation, self.weight, self.bias)
         learns = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts)
-        return not learns and native.can_normalize(x, self, shift)
+        return not learns and native.can_normalize(x, self, shift, modulation)
 
 
 class FusedResnetBlock2D(ResnetBlock2D):
@@ -227,17 +236,18 @@ class FusedResnetBlock2D(ResnetBlock2D):
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         x = self.conv1(self.norm1.activated(input_tensor))
-        shift = None if self.time_emb_proj is None else self.time_emb_proj(self.nonlinearity(temb))
-        x = self.norm2.activated(x, shift, in_place=True)
+        of_time = None if self.time_emb_proj is None else self.time_emb_proj(self.nonlinearity(temb))
+        is_modulated = self.time_embedding_norm == "scale_shift"  # after the norm, in place of a shift before it
+        x = self.norm2.activated(x, *((None, of_time) if is_modulated else (of_time, None)), in_place=True)
         other = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
         return self.conv2.added_to(other, x, in_place=self.may_overwrite_input or other is not input_tensor)
 
 
 def _can_fuse(block: ResnetBlock2D) -> bool:
-    """Whether it is the plain block of Stable Diffusion's U-Nets and VAEs."""
+    """Whether it is the plain block of Stable Diffusion's U-Nets and VAEs, or that of the embedded model."""
     parts = (block.norm1, block.norm2, block.conv1, block.conv2)
-    is_shifted = block.time_embedding_norm in (["default"] if block.time_emb_proj is not None else ["default", "group"])
-    is_plain_kind = block.upsample is None and block.downsample is None and is_shifted
+    known = ["default", "scale_shift"] if block.time_emb_proj is not None else ["default", "group"]
+    is_plain_kind = block.upsample is None and block.downsample is None and block.time_embedding_norm in known
     return (
         is_plain_kind and isinstance(block.nonlinearity, nn.SiLU) and not block.skip_time_act and block.dropout.p == 0
         and block.output_scale_factor == 1 and [type(part) for part in parts] == [FastGroupNorm] * 2 + [PackedConv2d] * 2

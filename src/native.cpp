@@ -288,8 +288,9 @@ template <class T> std::pair<Floats, Floats> sums_of(const typename T::Element* 
 }
 
 // What each channel of one picture is multiplied by and what is added, from its sums and sums of squares over the pixels.
+// Parameters: weight, bias, shift of what comes, and what the result is scaled (plus 1) and shifted by; any may be missing.
 template <class T>
-void scales_of(const Norm& norm, const double* sums, const double* squares, const typename T::Element* const parameters[3],
+void scales_of(const Norm& norm, const double* sums, const double* squares, const typename T::Element* const parameters[5],
                float* scale, float* offset) {
     const auto number = [](const typename T::Element* from, int64_t i) {
         if (from == nullptr) return 0.0f;
@@ -312,14 +313,16 @@ void scales_of(const Norm& norm, const double* sums, const double* squares, cons
         const double mean = sum / (size * norm.pixels), variance = square / (size * norm.pixels) - mean * mean;
         const double inverse = 1 / std::sqrt(std::max(variance, 0.0) + norm.epsilon);
         for (int64_t c = group * size; c < (group + 1) * size; ++c) {
-            scale[c] = static_cast<float>(number(weight, c) * inverse);
-            offset[c] = static_cast<float>((number(shift, c) - mean) * number(weight, c) * inverse + number(bias, c));
+            const double by = number(weight, c) * inverse, then = 1.0 + number(parameters[3], c);
+            scale[c] = static_cast<float>(by * then);
+            offset[c] = static_cast<float>(((number(shift, c) - mean) * by + number(bias, c)) * then + number(parameters[4], c));
         }
     }
 }
 
 template <class T>
-int normalize(const void* x, void* out, const void* weight, const void* bias, const void* shift, const Norm& norm) {
+int normalize(const void* x, void* out, const void* weight, const void* bias, const void* shift, const void* modulation,
+              const Norm& norm) {
     using Element = typename T::Element;
     const int64_t channels = norm.channels, threads = omp_get_max_threads();
     const std::unique_ptr<double[]> partial(new (std::nothrow) double[threads * channels * 2]);
@@ -350,7 +353,9 @@ int normalize(const void* x, void* out, const void* weight, const void* bias, co
             }
 #pragma omp barrier  // before anybody's sums are those of the next picture
             const Element* const by = shift ? static_cast<const Element*>(shift) + picture * channels : nullptr;
-            const Element* const parameters[] = {static_cast<const Element*>(weight), static_cast<const Element*>(bias), by};
+            const Element* const then = modulation ? static_cast<const Element*>(modulation) + picture * channels * 2 : nullptr;
+            const Element* const parameters[] = {static_cast<const Element*>(weight), static_cast<const Element*>(bias), by,
+                                                 then, then ? then + channels : nullptr};
             scales_of<T>(norm, sums, sums + channels, parameters, scale, scale + channels);
             for (int64_t pixel = first; pixel < last; ++pixel) {
                 for (int64_t c = 0; c < channels; c += LANES) {
@@ -381,8 +386,9 @@ int attend_fp32(const void* q, const void* k, const void* v, void* out, const St
     return attend<Float32>(q, k, v, out, strides, *sizes);
 }
 
-int normalize_fp32(const void* x, void* out, const void* weight, const void* bias, const void* shift, const Norm* norm) {
-    return normalize<Float32>(x, out, weight, bias, shift, *norm);
+int normalize_fp32(const void* x, void* out, const void* weight, const void* bias, const void* shift, const void* modulation,
+                   const Norm* norm) {
+    return normalize<Float32>(x, out, weight, bias, shift, modulation, *norm);
 }
 
 #ifdef __AVX512BF16__
@@ -390,8 +396,9 @@ int attend_bf16(const void* q, const void* k, const void* v, void* out, const St
     return attend<BFloat16>(q, k, v, out, strides, *sizes);
 }
 
-int normalize_bf16(const void* x, void* out, const void* weight, const void* bias, const void* shift, const Norm* norm) {
-    return normalize<BFloat16>(x, out, weight, bias, shift, *norm);
+int normalize_bf16(const void* x, void* out, const void* weight, const void* bias, const void* shift, const void* modulation,
+                   const Norm* norm) {
+    return normalize<BFloat16>(x, out, weight, bias, shift, modulation, *norm);
 }
 #endif
 }

@@ -83,28 +83,31 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return out
 
 
-def can_normalize(x: Tensor, layer: nn.GroupNorm, shift: Tensor | None = None) -> bool:
-    """Whether `group_norm` takes these: x (B, C, h, w) with channels last, C a multiple of 16; shift (B, C)."""
-    parameters = [part for part in (layer.weight, layer.bias, shift) if part is not None]
+def can_normalize(x: Tensor, layer: nn.GroupNorm, shift: Tensor | None = None, modulation: Tensor | None = None) -> bool:
+    """Whether `group_norm` takes these: x (B, C, h, w) channels last, C a multiple of 16; (B, C) and (B, 2 C) beside it."""
+    parameters = [part for part in (layer.weight, layer.bias, shift, modulation) if part is not None]
     return (
         layer.weight is not None and not torch.compiler.is_compiling() and _is_ours(x) and x.ndim == 4 and x.numel() > 0
         and x.shape[1] == layer.num_channels and x.shape[1] % LANES == 0
         and x.is_contiguous(memory_format=torch.channels_last) and all(_is_ours(part, x) for part in parameters)
         and (shift is None or shift.shape == x.shape[:2])
+        and (modulation is None or modulation.shape == (x.shape[0], 2 * x.shape[1]))
     )  # fmt: skip
 
 
 def group_norm(
-    x: Tensor, layer: nn.GroupNorm, *, shift: Tensor | None = None, with_silu: bool = False, out: Tensor | None = None
-) -> Tensor:
-    """``layer(x + shift)``, with SiLU if asked, without gradients: x (B, C, h, w), shift (B, C). ``out`` may be x itself.
+    x: Tensor, layer: nn.GroupNorm, *, shift: Tensor | None = None, modulation: Tensor | None = None, with_silu: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """``layer(x + shift) * (1 + m) + n``, with SiLU if asked, without gradients.
 
-    Means and variances in float32 over 64 pixels, then in float64. Raises MemoryError.
+    x (B, C, h, w), ``shift`` (B, C), ``modulation`` m and after it n (B, 2 C); ``out`` may be x itself. Means and variances in
+    float32 over 64 pixels, then in float64. Raises MemoryError.
     """
     out = torch.empty_like(x, memory_format=torch.channels_last) if out is None else out
-    shift = None if shift is None else shift.contiguous()
+    shift, modulation = (None if part is None else part.contiguous() for part in (shift, modulation))
     sizes = _Norm(x.shape[0], x.shape[2] * x.shape[3], x.shape[1], layer.num_groups, layer.eps, with_silu)
-    _call("normalize", x.dtype, x, out, layer.weight, layer.bias, shift, sizes)
+    _call("normalize", x.dtype, x, out, layer.weight, layer.bias, shift, modulation, sizes)
     return out
 
 
@@ -236,7 +239,7 @@ def _run(command: Sequence[str]) -> None:
 
 def _with_types(library: ctypes.CDLL) -> ctypes.CDLL:
     for name in NAMES.values():
-        for function, count in (("attend", 6), ("normalize", 6)):
+        for function, count in (("attend", 6), ("normalize", 7)):
             if hasattr(library, f"{function}_{name}"):
                 getattr(library, f"{function}_{name}").argtypes = [ctypes.c_void_p] * count
     return library

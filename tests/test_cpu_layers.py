@@ -190,15 +190,19 @@ def test_a_vae_encodes_and_decodes_the_same_and_leaves_its_inputs_alone(mode: st
 
 
 @needs_packing
-def test_gradients_go_through_a_prepared_block_whoever_needs_them() -> None:
+@pytest.mark.parametrize("kind", ["default", "scale_shift"])
+def test_gradients_go_through_a_prepared_block_whoever_needs_them(kind: str) -> None:
     """Also where only the time needs one: SDXL's pooled text comes in there."""
-    block, plain = (ResnetBlock2D(in_channels=16, out_channels=32, temb_channels=24, groups=4).eval() for _ in range(2))
+    options = {"in_channels": 16, "out_channels": 32, "temb_channels": 24, "groups": 4, "time_embedding_norm": kind}
+    block, plain = (ResnetBlock2D(**options).eval() for _ in range(2))
     plain.load_state_dict(block.state_dict())
     holder = nn.Module()
     holder.block, holder.dtype = block.requires_grad_(False), torch.float32
     cpu_layers._exchange_blocks(holder)
     assert isinstance(block, FusedResnetBlock2D)
     x, time = noise(2, 16, 8, 8), noise(2, 24)
+    with torch.no_grad():
+        assert torch.allclose(block(x, time), plain(x, time), atol=1e-5)
     for of_x, of_time in ((False, True), (True, False), (True, True)):
         grads = []
         for one in (block, plain.requires_grad_(False)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import stat
 import subprocess
 import sys
@@ -109,28 +110,33 @@ def test_scores_of_any_height_are_weighed() -> None:
 @needs_native
 @pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize("with_silu", [False, True])
-@pytest.mark.parametrize("with_shift", [False, True])
+@pytest.mark.parametrize("given", ["nothing", "shift", "modulation", "both"])
 @pytest.mark.parametrize(
     ("batch", "channels", "groups", "height", "width"),
     [(2, 32, 4, 9, 7), (1, 320, 32, 16, 16), (3, 16, 16, 1, 1), (1, 48, 1, 40, 33)],
 )
 def test_group_norm(
-    batch: int, channels: int, groups: int, height: int, width: int, with_shift: bool, with_silu: bool, dtype: torch.dtype
+    batch: int, channels: int, groups: int, height: int, width: int, given: str, with_silu: bool, dtype: torch.dtype
 ) -> None:
     layer = torch.nn.GroupNorm(groups, channels, eps=1e-3).to(dtype).requires_grad_(False)
     layer.weight.copy_(noise(channels, seed=1))
     layer.bias.copy_(noise(channels, seed=2))
     x = (3 * noise(batch, channels, height, width) + 5).to(dtype).contiguous(memory_format=torch.channels_last)
-    shift = noise(batch, channels, seed=3).to(dtype) if with_shift else None
-    assert native.can_normalize(x, layer)
-    whole = x.double() + (shift.double()[:, :, None, None] if with_shift else 0)
-    reference = F.group_norm(whole, groups, layer.weight.double(), layer.bias.double(), layer.eps)
-    reference = F.silu(reference) if with_silu else reference
-    mine = native.group_norm(x, layer, shift=shift, with_silu=with_silu)
+    shift = noise(batch, channels, seed=3).to(dtype) if given in ("shift", "both") else None
+    modulation = noise(batch, 2 * channels, seed=4).to(dtype) if given in ("modulation", "both") else None
+    assert native.can_normalize(x, layer, shift, modulation)
+
+    def plain(x: torch.Tensor, layer: torch.nn.GroupNorm) -> torch.Tensor:
+        y = layer(x if shift is None else x + shift.to(x.dtype)[:, :, None, None])
+        if modulation is not None:
+            scale, after = modulation.to(x.dtype)[:, :, None, None].chunk(2, dim=1)
+            y = y * (1 + scale) + after
+        return F.silu(y) if with_silu else y
+
+    mine = native.group_norm(x, layer, shift=shift, modulation=modulation, with_silu=with_silu)
     assert mine.is_contiguous(memory_format=torch.channels_last)
-    torchs = layer(x + (shift[:, :, None, None] if with_shift else 0))
-    assert_close(mine, reference, dtype, F.silu(torchs) if with_silu else torchs)
-    same = native.group_norm(x, layer, shift=shift, with_silu=with_silu, out=x)
+    assert_close(mine, plain(x.double(), copy.deepcopy(layer).double()), dtype, plain(x, layer))
+    same = native.group_norm(x, layer, shift=shift, modulation=modulation, with_silu=with_silu, out=x)
     assert same is x
     assert torch.equal(same, mine)
 
@@ -148,6 +154,7 @@ def test_what_cannot_be_normalized_is_said() -> None:
     two = noise(2, 32, 4, 4).contiguous(memory_format=torch.channels_last)
     assert not native.can_normalize(two, torch.nn.GroupNorm(4, 32), noise(1, 32))
     assert not native.can_normalize(x, torch.nn.GroupNorm(4, 32), noise(1, 32).bfloat16())
+    assert not native.can_normalize(x, torch.nn.GroupNorm(4, 32), None, noise(1, 32))
     assert not native.can_normalize(noise(1, 24, 4, 4).contiguous(memory_format=torch.channels_last), torch.nn.GroupNorm(4, 24))
 
 
