@@ -25,7 +25,7 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 
 from src import cpu_memory, devices, downloads, model_files, model_source, model_weights
 from src.config import AppConfig, ModelConfig, check_machine
-from src.errors import refused
+from src.errors import refused, usage_error
 from src.model_files import Family
 from src.processes import from_environment
 from src.tensor_files import read_header
@@ -36,6 +36,7 @@ Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 TOKENIZERS = ("tokenizer", "tokenizer_2")
+WHEELS = "https://download.pytorch.org/whl"  # of torch, a folder for each CUDA
 CLASSES = {
     "unet": diffusers.UNet2DConditionModel,
     "vae": AutoencoderKL,
@@ -145,10 +146,13 @@ def unet_is_finer_than_fp16(model: LoadedModel) -> bool:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` -> the first of cuda, mps and cpu that torch finds. Raises UserError (usage) for one that is not there."""
+    """``auto`` -> the first of cuda, mps and cpu that torch finds; a card with its number, the current one's if none is named.
+
+    Raises UserError (usage) for one that is not there.
+    """
     check_machine(ModelConfig(device=name))
     for_cpu_alone = torch.version.cuda is None and torch.version.hip is None
-    return torch.device(
+    device = torch.device(
         devices.pick_device(
             name,
             card_count=torch.cuda.device_count() if torch.cuda.is_available() else 0,
@@ -156,6 +160,41 @@ def pick_device(name: str) -> torch.device:
             why_no_card="this torch is built for the CPU alone" if for_cpu_alone else "torch finds no card",
             processes=from_environment(),
         )
+    )
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())  # set_device refuses a card without its number
+    if device.type == "cuda" and torch.version.cuda is not None:
+        _check_kernels(device)
+    return device
+
+
+def _check_kernels(device: torch.device) -> None:
+    """Raises UserError (usage) for a card that this torch has no code for; torch itself loads a model first, and then fails."""
+    major, minor = torch.cuda.get_device_capability(device)
+    for name in torch.cuda.get_arch_list():  # sm_75 runs on 7.5 to 7.9, compute_75 on all that came later
+        kind, _, number = name.rstrip("af").partition("_")
+        built = divmod(int(number), 10)
+        if built <= (major, minor) and (kind == "compute" or built[0] == major):
+            return
+    version, older = torch.__version__.partition("+")[0], (major, minor) < (7, 5)
+    way_out = f"pip install torch=={version} --index-url {WHEELS}/cu126" if older else "install a newer torch (pytorch.org)"
+    raise usage_error(
+        f"{torch.cuda.get_device_name(device)}: this torch has no code for compute capability {major}.{minor}; {way_out}, "
+        "or use --device cpu"
+    )
+
+
+def idle_card(wanted: str, device: torch.device) -> str | None:
+    """Why a card that is there is not used, in one line; None where none is, or another device was asked for."""
+    if wanted != "auto" or device.type != "cpu" or torch.version.cuda is not None or torch.version.hip is not None:
+        return None
+    card = devices.detect_card()
+    if card is None:
+        return None
+    version = torch.__version__.partition("+")[0]
+    return (
+        f"{card.name} does nothing: this torch is built for the CPU alone; pip install torch=={version} "
+        f"--index-url {WHEELS}/cu130 (cu126 for a card before 2018)"
     )
 
 

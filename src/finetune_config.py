@@ -64,11 +64,6 @@ def check_finetune(run: FinetuneRun) -> None:
             f"model.precision {run.model.precision} has no effect with mixed_precision {train.mixed_precision}: weights that "
             "learn are float32, the others are in what is computed in; leave it out"
         )
-    if train.lr_warmup_steps and train.max_steps and train.lr_warmup_steps >= train.max_steps:
-        raise usage_error(
-            f"lr_warmup_steps {train.lr_warmup_steps} is no less than max_steps {train.max_steps}, so the full learning rate "
-            "would never be reached; give fewer, or leave it out"
-        )
 
 
 _RANGES: dict[str, tuple[float, float]] = {

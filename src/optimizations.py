@@ -16,7 +16,7 @@ from src.config import OptimizationConfig
 from src.errors import usage_error
 from src.memory_plan import budget_of, card_budget
 from src.memory_prediction import CONTEXT_BYTES, VAE_TILE_PX
-from src.quantization import quantize_unet
+from src.quantization import check_card, quantize_unet
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline
@@ -27,7 +27,9 @@ _OUT_OF_MEMORY_TEXTS = (
     "out of memory",  # CUDA's own, and MPS's
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUDNN_STATUS_NOT_INITIALIZED",
     "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",  # since cuDNN 9
     "unable to find an engine to execute this computation",  # cuDNN, when none of its algorithms found room
     "can't allocate memory",  # torch's CPU allocator
     "not enough memory",  # the same on Windows
@@ -46,7 +48,7 @@ def memory_budget(device: torch.device, options: OptimizationConfig) -> int | No
         budget_bytes = card_budget(free_bytes + CONTEXT_BYTES, options)
         is_held = sys.platform == "win32" or options.max_vram_gb is not None
         share = min(1.0, max(0, budget_bytes - CONTEXT_BYTES) / total_bytes) if is_held else 1.0
-        torch.cuda.set_per_process_memory_fraction(share, device)
+        torch.cuda.set_per_process_memory_fraction(share, device.index)  # of the current card where there is none
         return budget_bytes
     if device.type == "mps":
         return min(torch.mps.recommended_max_memory(), budget_of(options) or sys.maxsize)
@@ -101,10 +103,11 @@ def use_float32_vae(
 def quantize(pipeline: DiffusionPipeline, kind: str, device: torch.device) -> None:
     """Bring the U-Net's matrices to ``"int8"`` or ``"nf4"``, for good: on the device, so that every plan has the same numbers.
 
-    Raises UserError (usage) without bitsandbytes, and on a Mac.
+    Raises UserError (usage) without bitsandbytes, on a Mac, and for int8 on a card before Turing.
     """
     if device.type == "mps":
         raise usage_error(f"--quantize {kind} needs an NVIDIA card; leave it out")
+    check_card(kind, device)
     quantize_unet(pipeline.unet.requires_grad_(False), kind)
     pipeline.unet.to(device)
 
@@ -114,6 +117,7 @@ def move_to_cpu(pipeline: DiffusionPipeline) -> None:
     _release(pipeline)
     pipeline.disable_xformers_memory_efficient_attention()  # knows no CPU
     pipeline.to("cpu", torch.float32)
+    free_memory()
 
 
 def set_vae_tiling(vae: AutoencoderKL, enabled: bool) -> None:
@@ -129,10 +133,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_memory() -> None:
-    """Give what nobody holds any more back to the card."""
+    """Give what nobody holds any more back to the card, and pinned memory of group offload to the system."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch.accelerator.empty_host_cache()
     if torch.backends.mps.is_available():
         torch.mps.empty_cache()
 

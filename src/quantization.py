@@ -12,10 +12,20 @@ import functools
 import logging
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from src.errors import usage_error
 from src.unet_weights import NF4_BLOCK
+
+INT8_CAPABILITY = (7, 5)  # of CUDA: bitsandbytes' products of int8 need Turing, NF4 only Pascal
+
+
+def check_card(kind: str, device: torch.device) -> None:
+    """Raises UserError (usage) for a card that knows no such products."""
+    if kind == "int8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < INT8_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        raise usage_error(f"--quantize int8 needs an NVIDIA card of 2018 or later, and this is a {name}; use --quantize nf4")
 
 
 def quantize_unet(unet: nn.Module, kind: str) -> None:
@@ -40,7 +50,7 @@ def _quantized(layers: Any, layer: nn.Linear, kind: str) -> nn.Linear:
         replaced = layers.Linear4bit(*size, bias=bias is not None, compute_dtype=weight.dtype, device="meta", **options)
         replaced.weight = layers.Params4bit(weight, requires_grad=False, **options)
     else:
-        kind_of_layer = _moved_whole(layers.Linear8bitLt)
+        kind_of_layer = _frozen(layers.Linear8bitLt)
         replaced = kind_of_layer(*size, bias=bias is not None, has_fp16_weights=False, threshold=0.0, device="meta")
         replaced.weight = layers.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     if bias is not None:
@@ -49,10 +59,27 @@ def _quantized(layers: Any, layer: nn.Linear, kind: str) -> nn.Linear:
 
 
 @functools.cache
-def _moved_whole(base: type) -> type:
-    """bitsandbytes' layer holds its numbers beside the weight, too, where moving the U-Net would leave them."""
+def _frozen(base: type) -> type:
+    """bitsandbytes' layer holds its numbers beside the weight, too, where moving the U-Net would leave them; and it keeps its
+    input for the backward pass, which a frozen weight does not need and gradient checkpointing could not give back."""
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, layer: nn.Module) -> Tensor:
+            ctx.layer, ctx.dtype = layer, x.dtype
+            return base.forward(layer, x)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+            state = ctx.layer.state  # W = CB SCB / 127, rows scaled
+            weight = state.CB.to(ctx.dtype, copy=True).mul_(state.SCB.unsqueeze(1).mul(1 / 127))
+            return gradient.to(ctx.dtype) @ weight, None
 
     class Linear8bitLt(base):
+        def forward(self, x: Tensor) -> Tensor:
+            needs_gradient = torch.is_grad_enabled() and x.requires_grad
+            return Product.apply(x, self) if needs_gradient else super().forward(x)
+
         def _apply(self, fn: Any, recurse: bool = True) -> Any:
             super()._apply(fn, recurse)
             for holder in (self.weight, self.state):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -163,18 +164,32 @@ def build_run(typed: dict[str, Any]) -> TrainRun:
 
 def apply_typed(run: TrainRun, typed: dict[str, Any], check: Callable[[Any], None] = check) -> None:
     """Put what was typed over the settings of a run, and check them. Raises UserError (usage, not found)."""
-    set_from(run, *typed.get("config", []))
-    for text in typed.get("set", []):
-        set_value(run, *parse_assignment(text))
-    for name, value in typed.items():
-        if "." in name:
-            set_value(run, name, value)
+    for file in typed.get("config", []):
+        with _one_level(run.train):
+            set_from(run, file)
+    with _one_level(run.train):
+        for text in typed.get("set", []):
+            set_value(run, *parse_assignment(text))
+    with _one_level(run.train):
+        for name, value in typed.items():
+            if "." in name:
+                set_value(run, name, value)
     if typed.get("train.class_prompt") == "":
         run.train.class_prompt = ""  # which is an error, while an empty setting in a file means none
     if "model" in typed:
         run.model.model_id = _model_id(typed["model"])
     run.train.sample_prompts = read_prompts(run.train.sample_prompts)
     check(run)
+
+
+@contextmanager
+def _one_level(train: Any) -> Iterator[None]:
+    """Steps that are named take the place of epochs of the level before, and epochs of steps; both at once contradict."""
+    before = train.max_steps, train.num_epochs
+    train.max_steps = train.num_epochs = None
+    yield
+    if train.max_steps is None and train.num_epochs is None:
+        train.max_steps, train.num_epochs = before
 
 
 def _model_id(name: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 from src.config import QUANTIZATIONS, AppConfig, ModelConfig, OptimizationConfig, PathsConfig, check_machine
@@ -131,7 +131,8 @@ class TrainRun:
 
     def app_config(self) -> AppConfig:
         """The generator's configuration of the same model, without a safety checker: nothing is shown to a stranger."""
-        return AppConfig(self.model, OptimizationConfig(disable_safety_checker=True), paths=self.paths)
+        limits = OptimizationConfig(disable_safety_checker=True, max_vram_gb=self.train.max_vram_gb)
+        return AppConfig(replace(self.model), limits, paths=self.paths)  # a copy: what loading wants is no setting of the run
 
 
 def learning_rates(train: TrainConfig) -> dict[str, float]:
@@ -171,8 +172,19 @@ def check_loop(run: Any, choices: Mapping[str, Sequence[str]], ranges: Mapping[s
         raise usage_error(f"resolution {train.resolution} is not a multiple of 8; nearest: {low} or {low + 8}")
     if train.max_steps is not None and train.num_epochs is not None:
         raise usage_error("--max_steps and --num_epochs exclude each other; give one")
+    if train.num_epochs is None:
+        check_warmup(train, train.max_steps or DEFAULT_STEPS)
     if not train.dataset_dir.strip():
         raise usage_error("--dataset_dir is empty; name the folder that prepare_dataset made")
+
+
+def check_warmup(train: LoopConfig, steps: int) -> None:
+    """Refuse a warm-up as long as the training of so many steps. Raises UserError (usage)."""
+    if train.lr_warmup_steps and train.lr_warmup_steps >= steps:
+        raise usage_error(
+            f"lr_warmup_steps {train.lr_warmup_steps} is no less than the training's {steps} steps, so the full learning rate "
+            "would never be reached; give fewer, or leave it out"
+        )
 
 
 _CHOICES: dict[str, Sequence[str]] = {

@@ -324,9 +324,9 @@ def _transformer_segments(block: Block, maps: MapBytes, need: TrainingNeed) -> I
     y = maps(block.channels, block.level)
     wide = need.targets != "attention"
     # Norm 1 and its input, query, key, value, output; the sum, norm 2, query, output; the sum; 8 of projection and 4 of gate.
-    # What the feed-forward layers read (1 and 4) is kept where they learn, and by bitsandbytes' 8-bit layers in any case.
+    # What the feed-forward layers read (1 and 4) is kept where they learn.
     # DoRA needs the outputs of every adapted layer, of weight and adapter. The narrow products are ``rank`` wide.
-    kept = 22 + 5 * (wide or need.quantize == "int8") + (8 + 3 * wide) * need.rank / block.channels
+    kept = 22 + 5 * wide + (8 + 3 * wide) * need.rank / block.channels
     kept += (13 + 21 * wide) * need.use_dora
     working = WORKING_TRANSFORMER + 30 * (wide and need.use_dora)
     text = 2 * need.batch_size * TOKENS * block.channels * ELEMENT_BYTES[need.precision]

@@ -84,11 +84,6 @@ def resumed_run(
     ``free`` settings may differ, ``fixed`` ones never: what the tensors of a checkpoint follow from.
     """
     before, now = stored_run(checkpoint, kind), stored_run(checkpoint, kind)
-    named = {*typed, *(text.partition("=")[0].strip() for text in typed.get("set", ()))}
-    if "train.max_steps" in named:
-        now.train.num_epochs = None
-    if "train.num_epochs" in named:
-        now.train.max_steps = None
     apply_typed(now, typed)
     free = set(free)
     if before.train.lr_scheduler != "constant":  # the curve is stretched over all steps
@@ -116,6 +111,9 @@ def done_line(run: TrainRun, checkpoint: Checkpoint, store: CheckpointFolder) ->
     steps = run.train.max_steps or (DEFAULT_STEPS if run.train.num_epochs is None else None)
     if steps is None or checkpoint.step < steps:
         return None
+    stored = stored_run(checkpoint, type(run)).train
+    if any(getattr(run.train, name, None) != getattr(stored, name, None) for name in ("name", "format")):
+        return None  # the result is to be written anew
     try:
         if read_manifest(store.root / "final").step != checkpoint.step:
             return None

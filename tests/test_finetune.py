@@ -218,6 +218,15 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine(data: Path, models:
     assert "lr_warmup_steps: 2\n" in (tmp_path / "out" / "final" / "config.yaml").read_text()
 
 
+def test_a_bf16_training_goes_on(data: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    """How the model is loaded, in fp32, is no setting that a resume could find in contradiction to bf16."""
+    settings = ("--mixed_precision", "bf16", "--train", "mid", "--no-samples", "--lr_scheduler", "constant")
+    assert finetuning.run(data, models["sd1"], tmp_path / "out", *settings, "--max_steps", "1") == 0
+    assert finetuning.resume(data, tmp_path / "out", "--max_steps", "2") == 0
+    stored = json.loads((tmp_path / "out" / "checkpoint-2" / "manifest.json").read_text())["facts"]["run"]["model"]
+    assert (stored["precision"], stored["device"]) == ("bf16", "cpu")
+
+
 def test_bf16_keeps_master_weights(data: Path, models: dict[str, Path], tmp_path: Path) -> None:
     """A step of 1e-6 is far below the last bit of a bf16 weight, and arrives all the same."""
     settings = ("--max_steps", "1", "--lr", "1e-6", "--mixed_precision", "bf16", "--ema_decay", "none", "--weight_decay", "0", "--lr_scheduler", "constant",
@@ -326,6 +335,7 @@ def test_held_out_pictures_are_judged_at_fixed_noise_and_not_too_many(models: di
         (("--versions", "3"), 2, "no effect without --crop or --colour"),
         (("--crop", "0.9"), 2, "crop 0.9 is outside 0 to 0.5"),
         (("--lr_warmup_steps", "9"), 2, "would never be reached"),
+        (("--set", "train.max_steps=null", "--lr_warmup_steps", "1000"), 2, "would never be reached"),
         (("--captions_file", "nowhere.csv"), 4, "nowhere.csv"),
         (("--set", "model.precision=fp32", "--mixed_precision", "bf16"), 2, "has no effect"),
         (("--dataset_dir", "nowhere"), 4, "nowhere: no such folder"),

@@ -1,5 +1,7 @@
 """Adapters in a running generator: seen anew when their file changes, kept over a reload, never lost in silence."""
 
+import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -78,6 +80,18 @@ def test_a_retrained_adapter_is_read_again(generator, tmp_path, in_folder: bool)
     after = draw(generator)
     assert abs(after - before).max() > 5
     assert numpy.array_equal(after, fresh(generator, named))
+
+
+def test_an_adapter_is_recorded_as_it_was_read_when_its_file_is_gone(generator, tmp_path) -> None:
+    """Its hashes by hand: of the whole file, and of the bytes behind the header, as A1111 takes them."""
+    path = adapter(tmp_path / "a.safetensors", 1)
+    data = path.read_bytes()
+    behind = data[8 + int.from_bytes(data[:8], "little") :]
+    generator.load_lora_weights(path)
+    (picture,) = generator.generate(PROMPT, seed=1, on_step=lambda step: path.unlink(missing_ok=True))
+    (lora,) = json.loads(picture.info["recipe"])["loras"]
+    assert not path.exists()
+    assert [lora["sha256"], lora["tensors_sha256"]] == [hashlib.sha256(part).hexdigest() for part in (data, behind)]
 
 
 def test_the_report_is_of_the_adapter_that_was_named(generator, tmp_path) -> None:

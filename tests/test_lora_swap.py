@@ -27,6 +27,25 @@ def adapter_file(folder: Path, seed: int, rank: int = 4, **more: object) -> Path
     return adapters.write_kohya(folder / f"{seed}.safetensors", layers)
 
 
+def test_an_adapter_that_learnt_down_to_pure_noise_is_drawn_from_there(tmp_path) -> None:
+    config = AppConfig()
+    config.model.model_id, config.model.precision, config.model.device = str(tmp_path / "model"), "fp32", "cpu"
+    config.paths.cache = str(tmp_path / "cache")
+    pipeline = pipelines.sd1()
+    pipeline.scheduler = pipelines.scheduler("v_prediction")
+    pipelines.save(pipeline, tmp_path / "model")
+    generator = TextToImageGenerator(config)
+    layers = random_layers(source("SD1"), seed=1)
+    last = {}
+    for name, metadata in (("plain", None), ("zero", {"ss_zero_terminal_snr": "True"}), ("none", None)):
+        file = adapters.write_kohya(tmp_path / f"{name}.safetensors", layers, metadata=metadata)
+        generator.set_loras([LoraChoice(file, 1.0)] if name != "none" else [])
+        list(generator.generate("a star", seed=1, num_inference_steps=1))
+        last[name] = float(generator.model.pipeline.scheduler.alphas_cumprod[-1])
+    expected = float(pipelines.scheduler().alphas_cumprod[-1])  # 0.0047
+    assert last == {"plain": expected, "zero": pytest.approx(0, abs=1e-6), "none": expected}
+
+
 # -- growth
 
 

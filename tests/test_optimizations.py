@@ -110,8 +110,10 @@ def test_group_offload_draws_the_same_picture_bit_for_bit(generator, mode: str) 
 def test_what_the_card_has_free_is_what_windows_leaves(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7 * GIB, 8 * GIB))
     shares = []
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append(share))
-    card = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda share, index: shares.append(share), raising=False)
+    card = torch.device("cuda")  # as accelerate has it
     elsewhere = optimizations.memory_budget(card, OptimizationConfig())
     optimizations.memory_budget(card, OptimizationConfig(max_vram_gb=4.5))
     monkeypatch.setattr(sys, "platform", "win32")
@@ -169,6 +171,7 @@ def test_an_sdxl_vae_that_overflows_in_fp16_runs_in_fp32(family: str, force_upca
         (RuntimeError("CUDA error: out of memory"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
         (RuntimeError("MPS backend out of memory (MPS allocated: 5.00 GB)"), True),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried"), True),
         (MemoryError(), True),

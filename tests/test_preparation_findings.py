@@ -145,6 +145,13 @@ def test_findings_and_what_overrides_them(facts, kind, flag):
         assert kept[1].notes == []
 
 
+def test_a_note_of_an_earlier_run_neither_stays_nor_adds_up():
+    bad = examined(photo(1), "bad", sharpness=39.0)
+    for settings in ({"keep_blurred": True}, {"keep_blurred": True}, {"blur_threshold": 1.0}):
+        (bad,) = kept_and_skipped(bad, **settings)[2]
+        assert len(bad.notes) == ("keep_blurred" in settings)
+
+
 def test_no_caption():
     picture = examined(photo(1), "a")
     assert kept_and_skipped(picture, captioned=False)[1] == {"a": "no caption"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 from src.errors import ExitCode, UserError
 from src.model_shapes import bundled_shapes
-from src.quantization import quantize_unet
+from src.quantization import check_card, quantize_unet
 from src.train_config import TrainConfig
 from src.training.network import LoraNetwork
 from src.training.speed import prepare_for_speed
@@ -41,6 +42,35 @@ def test_int8_is_moved_whole() -> None:
         assert held.data_ptr() == layer.weight.data_ptr(), "one copy, where the weight is"
         assert expected is None or torch.equal(layers(torch.ones(2, 64)), expected)
         assert type(layer).__name__ == "Linear8bitLt"
+
+
+def test_int8_keeps_nothing_for_the_backward_pass_and_has_its_gradient() -> None:
+    """The layer is frozen: its input need not wait, and gradient checkpointing could not take it back. dx = dy W."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(64, 32)).requires_grad_(False)
+    quantize_unet(layers, "int8")
+    layers.to("cpu").train()
+    x = torch.randn(3, 5, 64, requires_grad=True)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        y = layers(x)
+    assert kept == []
+    held = [value for value in vars(y.grad_fn).values() if isinstance(value, (torch.Tensor, tuple, list))]
+    assert held == []
+    gradient = torch.randn_like(y)
+    y.backward(gradient)
+    (layer,) = layers
+    weight = bitsandbytes.functional.int8_vectorwise_dequant(layer.state.CB, layer.state.SCB)
+    assert torch.allclose(x.grad, gradient @ weight, atol=1e-5)
+
+
+def test_int8_is_refused_on_a_card_that_is_too_old(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GeForce GTX 1060")
+    for capability, kind, is_refused in (((6, 1), "int8", True), ((6, 1), "nf4", False), ((7, 5), "int8", False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        with pytest.raises(UserError, match="use --quantize nf4") if is_refused else contextlib.nullcontext():
+            check_card(kind, torch.device("cuda:0"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

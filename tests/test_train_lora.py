@@ -15,6 +15,9 @@ from src import base_models, devices, train_lora
 from src.config import AppConfig
 from src.errors import ExitCode
 from src.generator import TextToImageGenerator
+from src.train_arguments import apply_typed
+from src.train_config import TrainRun
+from src.training import trainer
 from tests.tiny import training
 
 
@@ -116,6 +119,9 @@ def test_a_folder_with_a_training_is_not_written_over(data: Path, models: dict[s
     assert training.equal(before, training.state(tmp_path / "out" / "checkpoint-1"))
     assert training.resume(data, tmp_path / "out") == ExitCode.OK
     assert "all 1 steps are done" in last_error(capsys)
+    assert training.resume(data, tmp_path / "out", "--format", "kohya") == ExitCode.OK  # the result once more, also for A1111
+    names = {path.suffix for path in (tmp_path / "out" / "final").iterdir()}
+    assert ".safetensors" in names
 
 
 def test_an_adapter_without_its_checkpoints_is_not_written_over(
@@ -205,6 +211,33 @@ def test_settings_come_from_a_file_and_end_in_the_checkpoint(data: Path, models:
     assert (settings["r"], settings["lora_alpha"]) == (2, 3)
 
 
+def test_a_flag_wins_over_the_length_that_a_file_sets(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("train:\n  max_steps: 7\n")
+    lengths = {}
+    for name, typed in (
+        ("flag", {"train.num_epochs": 3}), ("set", {"set": ["train.num_epochs=3"]}), ("neither", {}),
+        ("both", {"set": ["train.num_epochs=3"], "train.max_steps": 5}),
+    ):  # fmt: skip
+        run = TrainRun()
+        apply_typed(run, {"config": [str(file)], **typed})
+        lengths[name] = (run.train.max_steps, run.train.num_epochs)
+    assert lengths == {"flag": (None, 3), "set": (None, 3), "neither": (7, None), "both": (5, None)}
+
+
+def test_a_resume_by_epochs_of_other_batches_does_not_stretch_the_curve(
+    data: Path, models: dict[str, Path], tmp_path: Path, capsys, monkeypatch
+) -> None:
+    """As when half as many processes share the pictures: an epoch is twice as many steps then."""
+    curve = ("--num_epochs", "1", "--lr_scheduler", "cosine", "--no-samples")
+    assert training.run(data, models["sd1"], tmp_path / "out", *curve) == 0
+    monkeypatch.setattr(trainer, "total_steps", lambda run, batches: 2 * batches)
+    assert training.resume(data, tmp_path / "out") == ExitCode.USAGE
+    assert "comes to 8 steps in place of 4" in last_error(capsys)
+    assert training.resume(data, tmp_path / "out", "--force") == 0
+    assert (tmp_path / "out" / "checkpoint-8").is_dir()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "expected"),
     [
@@ -215,6 +248,9 @@ def test_settings_come_from_a_file_and_end_in_the_checkpoint(data: Path, models:
         (("--lr", "fast"), 2, "--lr fast: expected a number"),
         (("--optimizer", "adam"), 2, "choose adamw, adamw8bit"),
         (("--max_steps", "5", "--num_epochs", "2"), 2, "exclude each other"),
+        (("--max_steps", "5", "--lr_warmup_steps", "5"), 2, "lr_warmup_steps 5 is no less than the training's 5 steps"),
+        (("--lr_warmup_steps", "1000"), 2, "would never be reached"),
+        (("--max_steps", "1", "--sample_prompts", "a <lora:ink:1>"), 2, "<lora:ink> is not drawn with"),
         (("--dataset_dir", "nowhere"), 4, "nowhere: no such folder"),
         (("--model", "someone/not-cached", "--offline"), 4, "--offline"),
         (("--model", "./nowhere"), 4, "nowhere"),

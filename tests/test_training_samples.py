@@ -13,14 +13,24 @@ from torch import nn
 
 from src import images
 from src.base_models import LoadedModel
+from src.errors import UserError
 from src.schedulers import build_scheduler, find_sampler
 from src.train_config import TrainConfig
-from src.training.samples import Sampler, save_samples, saved_samples
+from src.training.samples import Sampler, as_drawn, save_samples, saved_samples
 from tests.tiny import pipelines
 
 CPU = torch.device("cpu")
 PROMPTS = ("a red circle", "a blue square on a hill, evening light")
 SIZE_PX, STEPS, GUIDANCE, SEED = 64, 3, 5.0, 42
+
+
+def test_prompts_are_those_that_the_generator_would_draw(tmp_path) -> None:
+    (tmp_path / "hue.txt").write_text("teal")
+    prompts = ("a {red|red} thing", "a __hue__ thing")
+    drawn = as_drawn(settings(sample_prompts=prompts), tmp_path)
+    assert drawn == ("a red thing", "a teal thing")
+    with pytest.raises(UserError, match="<lora:ink> is not drawn with"):
+        as_drawn(settings(sample_prompts=("a thing <lora:ink:0.5>",)), tmp_path)
 
 
 def settings(**changes: object) -> TrainConfig:

@@ -243,6 +243,16 @@ def test_scores_come_before_validation_and_validation_before_the_last() -> None:
     assert choose_best(noted(losses, clip), []) is None
 
 
+def test_pictures_that_were_drawn_otherwise_are_not_compared() -> None:
+    """After a resume with other sample prompts: neither checkpoints nor the base of before."""
+    history = History(None)
+    for step, clip_i, prompts in ((0, 0.5, ["a"]), (100, 0.9, ["a"]), (200, 0.6, ["b"]), (300, 0.7, ["b"])):
+        history.add("score", step, clip_i=clip_i, clip_t=0.3, drawn={"prompts": prompts, "seed": 42})
+    best = choose_best(history, [100, 200, 300])
+    assert best.step == 300
+    assert "base" not in best.reason
+
+
 def test_of_equals_the_earliest_and_only_what_was_saved() -> None:
     assert choose_best(noted({100: 0.3, 200: 0.3, 300: 0.4}), [300, 200, 100]).step == 100
     assert choose_best(noted({100: 0.1, 200: 0.3, 300: 0.4}), [200, 300]).step == 200

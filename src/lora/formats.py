@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from src.errors import UserError, refused
+from src.lora.names import RESNET_PARTS, ROOTS
 from src.tensor_files import quoted
 
 if TYPE_CHECKING:
@@ -76,16 +77,6 @@ _WAY_OUT = {
 }
 # PEFT initialisations that change the base weights as well: the adapter alone is not what was trained.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-# diffusers' name -> the original code's, outside the blocks and inside a resnet.
-_ORIGINAL_ROOTS = {
-    "conv_in": "input_blocks.0.0", "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
-}  # fmt: skip
-_ORIGINAL_RESNET_PARTS = {
-    "conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection",
-}  # fmt: skip
 
 _CROSS_ATTENTION_KEY = re.compile(r"attn2[._]to_[kv]$")
 _FAMILY_BY_CONTEXT_WIDTH = {768: "SD1", 1024: "SD2", 2048: "SDXL"}  # text features that cross-attention reads
@@ -310,12 +301,12 @@ def original_unet_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def _original_name(name: str, blocks: Mapping[str, str]) -> str | None:
-    if name in _ORIGINAL_ROOTS:
-        return _ORIGINAL_ROOTS[name]
+    if name in ROOTS:
+        return ROOTS[name]
     match = re.fullmatch(r"((?:(?:down|up)_blocks\.\d+|mid_block)\.(\w+)\.\d+)\.(.+)", name)
     if match is None or match[1] not in blocks:
         return None
-    part = "op" if match[2] == "downsamplers" else _ORIGINAL_RESNET_PARTS.get(match[3], match[3])
+    part = "op" if match[2] == "downsamplers" else RESNET_PARTS.get(match[3], match[3])
     return f"{blocks[match[1]]}.{part}"
 
 

@@ -19,6 +19,7 @@ from src.lora.formats import LoraLayer, Where, effective_alpha
 _ARCHITECTURES = {"SD1": "stable-diffusion-v1", "SD2": "stable-diffusion-v2", "SDXL": "stable-diffusion-xl-v1-base"}
 _BASE_VERSIONS = {"SD1": "sd_v1", "SD2": "sd_v2", "SDXL": "sdxl_base_v1-0"}
 _SIZES_PX = {"SD1": 512, "SD2": 512, "SDXL": 1024}
+ZERO_TERMINAL_SNR = "ss_zero_terminal_snr"  # "True": learnt on a noise schedule that ends in pure noise
 _LEGACY_WINDOW = slice(0x100000, 0x110000)
 # What is said anew by every file that is written; all other ss_* and modelspec.* keys are carried over.
 _DERIVED = re.compile(

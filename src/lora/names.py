@@ -26,17 +26,18 @@ _PARTS = sorted(
 )  # fmt: skip
 _PART = re.compile(rf"({'|'.join(_PARTS)}|\d+)(?:_|$)")
 
-_ROOTS = {
+# Diffusers' name -> the original code's, outside the blocks and inside a resnet.
+ROOTS = {
     "conv_in": "input_blocks.0.0", "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
     "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
 }  # fmt: skip
-_RESNET_PARTS = {
+RESNET_PARTS = {
     "conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection",
 }  # fmt: skip
 _MIDDLE = {"resnets.0": "0", "attentions.0": "1", "resnets.1": "2"}
-_ORIGINAL_ROOTS = {original: name for name, original in _ROOTS.items()}
-_ORIGINAL_PARTS = {original: name for name, original in _RESNET_PARTS.items()}
+_ORIGINAL_ROOTS = {original: name for name, original in ROOTS.items()}
+_ORIGINAL_PARTS = {original: name for name, original in RESNET_PARTS.items()}
 _ORIGINAL_MIDDLE = {number: name for name, number in _MIDDLE.items()}
 _KOHYA_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
 _KOHYA_PREFIXES_OF_TWO = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
@@ -79,14 +80,14 @@ def _parts(flat: str) -> list[str]:
 
 def _to_original(name: str) -> str:
     """``down_blocks.1.attentions.0.proj_in`` -> ``input_blocks.4.1.proj_in``, as in Stability's SDXL."""
-    if name in _ROOTS:
-        return _ROOTS[name]
+    if name in ROOTS:
+        return ROOTS[name]
     if match := re.fullmatch(r"mid_block\.(resnets\.[01]|attentions\.0)\.(.+)", name):
-        return f"middle_block.{_MIDDLE[match[1]]}.{_RESNET_PARTS.get(match[2], match[2])}"
+        return f"middle_block.{_MIDDLE[match[1]]}.{RESNET_PARTS.get(match[2], match[2])}"
     if match := re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.(.+)", name):
         block, layer = int(match[2]), int(match[4])
         row, number = ("input_blocks", 1 + 3 * block + layer) if match[1] == "down" else ("output_blocks", 3 * block + layer)
-        return f"{row}.{number}.{int(match[3] == 'attentions')}.{_RESNET_PARTS.get(match[5], match[5])}"
+        return f"{row}.{number}.{int(match[3] == 'attentions')}.{RESNET_PARTS.get(match[5], match[5])}"
     if match := re.fullmatch(r"down_blocks\.(\d+)\.downsamplers\.0\.conv", name):
         return f"input_blocks.{3 * int(match[1]) + 3}.0.op"
     if match := re.fullmatch(r"up_blocks\.(\d+)\.upsamplers\.0\.conv", name):

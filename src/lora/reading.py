@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from src.errors import not_found, refused
 from src.files import sha256_of
 from src.lora.formats import LoraLayer, ScaleRule, TensorName, Where, assemble, guess_family, refuse_other_kinds, split_names
+from src.lora.headers import ZERO_TERMINAL_SNR
+from src.named_files import tensors_sha256
 from src.tensor_files import Header, missing, quoted, read_header, refuse_pickle
 
 MAX_ADAPTER_TENSORS = 20_000
@@ -50,11 +52,21 @@ class Adapter:
     layers: Mapping[Where, LoraLayer]  # (component, module as the file calls it) -> layer
     metadata: Mapping[str, str] = field(default_factory=dict)  # the header's
 
+    @property
+    def has_zero_terminal_snr(self) -> bool:
+        """Whether it was learnt on a schedule that ends in pure noise, as headers of this program and of kohya's say."""
+        return self.metadata.get(ZERO_TERMINAL_SNR) == "True"
+
     @cached_property
     def sha256(self) -> str:
         """Of the file; of a folder, the hash of its files' sorted hashes."""
         hashes = sorted(sha256_of(file) for file in self.files)
         return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+    @cached_property
+    def tensors_sha256(self) -> str | None:
+        """That by which A1111 knows a LoRA; a folder of several files has none."""
+        return tensors_sha256(self.files[0]) if len(self.files) == 1 else None
 
 
 def read_adapter(path: str | Path, name: str | None = None) -> Adapter:

@@ -57,7 +57,10 @@ class LoraShelf:
     def _read_once(self, path: Path) -> Adapter:
         found = [path, *sorted(path.rglob("*"))] if path.is_dir() else [path]
         key = (path, *((file, file.stat().st_mtime_ns, file.stat().st_size) for file in found if file.exists()))
-        adapter = self._read.pop(key, None) or read_adapter(path)
+        adapter = self._read.pop(key, None)
+        if adapter is None:
+            adapter = read_adapter(path)
+            _ = adapter.sha256, adapter.tensors_sha256  # hashed now: when a picture is finished the file may be another
         self._read[key] = adapter  # the newest last
         return adapter
 

@@ -11,6 +11,7 @@ from src.preparation.examining import Examined
 from src.preparation.scanning import Skip
 from src.preparation.settings import PrepareConfig
 
+ALTHOUGH = "kept although"  # how the notes of what a flag overruled begin
 _OVERRULED_BY = {
     "too small": "--allow-upscale or a smaller --size",
     "blurred": "--keep-blurred",
@@ -42,8 +43,9 @@ def find(
         if final is not None:
             skipped.append(Skip(picture.source, *final))
         else:
-            against = [f"kept although {kind} ({reason})" for kind, reason, _ in reasons[picture.source]]
-            kept.append(replace(picture, notes=picture.notes + against))
+            own = [note for note in picture.notes if not note.startswith(ALTHOUGH)]  # facts of an earlier result have some
+            against = [f"{ALTHOUGH} {kind} ({reason})" for kind, reason, _ in reasons[picture.source]]
+            kept.append(replace(picture, notes=own + against))
     return kept, skipped
 
 

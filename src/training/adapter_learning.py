@@ -49,8 +49,9 @@ class AdapterLearning:
         """Put in what learns, on the device."""
         train, device, unet = self.run.train, accelerator.device, model.pipeline.unet
         if train.quantize:
-            from src.quantization import quantize_unet
+            from src.quantization import check_card, quantize_unet
 
+            check_card(train.quantize, device)
             quantize_unet(unet, train.quantize)
         unet.to(device).train()
         models: dict[str, nn.Module] = {"unet": unet}

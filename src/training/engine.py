@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from src import base_models
 from src.base_models import LoadedModel
@@ -33,7 +33,9 @@ def build_accelerator(run: TrainRun) -> Accelerator:
     precision = _mixed_precision(run, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # a single process trains on the current card, whatever was asked for
-    options: dict[str, Any] = {"kwargs_handlers": [InitProcessGroupKwargs(timeout=PATIENCE)]}
+    # Gradients lie in the buckets that are exchanged, not beside them; buffers are constants, equal everywhere.
+    parallel = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+    options: dict[str, Any] = {"kwargs_handlers": [InitProcessGroupKwargs(timeout=PATIENCE), parallel]}
     if run.train.tracker:
         if importlib.util.find_spec(run.train.tracker) is None:
             raise usage_error(f"tracker {run.train.tracker} is not installed; pip install {run.train.tracker}")

@@ -17,6 +17,7 @@ from torch import nn
 from src import files
 from src.base_models import LoadedModel
 from src.dataset import Dataset
+from src.lora.headers import ZERO_TERMINAL_SNR
 from src.lora.writing import AdapterFacts
 from src.train_config import TrainRun
 
@@ -34,7 +35,8 @@ def adapter_facts(run: TrainRun, model: LoadedModel, dataset: Dataset) -> Adapte
         base_model=model.name,
         base_sha256=weights_sha256(run, model),
         prediction_type=model.scheduler_config.get("prediction_type", "epsilon"),
-        extra=_kohya_facts(dataset),
+        extra=_kohya_facts(dataset)
+        | ({ZERO_TERMINAL_SNR: "True"} if model.scheduler_config.get("rescale_betas_zero_snr") else {}),
     )
 
 

@@ -20,7 +20,7 @@ from src.training.latent_cache import LatentCache
 from src.training.live_text import LiveText
 from src.training.loop import Progress
 from src.training.model_saving import ModelSaver
-from src.training.samples import Sampler, save_samples
+from src.training.samples import Sampler, as_drawn, save_samples
 from src.training.saving import Saver
 from src.training.scores import MAX_PHOTOS, Best, Scorer, choose_best, load_clip
 from src.training.text_cache import Text, TextCache, time_ids
@@ -53,7 +53,7 @@ class Judge:
         items = [self._item(example, latents, texts) for example in dataset.held_out]
         self._validation = Validation(items, schedule, seed=train.seed) if items else None
         draws = train.samples and bool(train.sample_prompts) and accelerator.is_main_process
-        self._sampler = Sampler(model, train.sample_prompts, train, say) if draws else None
+        self._sampler = Sampler(model, as_drawn(train, run.paths.folder("wildcards")), train, say) if draws else None
         self._scorer = self._build_scorer() if train.score and self._sampler is not None else None
         self._reported_at = time.monotonic()
         self._best_step: int | None = None
@@ -84,10 +84,13 @@ class Judge:
                 pictures = self._sampler.draw(unet, autocast)
         prompts, seed = self._sampler.prompts, self._run.train.sample_seed
         save_samples(self._root, step, pictures, prompts, seed)
-        self._history.add("samples", step, prompts=list(prompts))
+        train = self._run.train  # a resume may ask for others: only what was drawn alike is compared
+        drawn = {"seed": seed, "steps": train.sample_inference_steps, "guidance": train.sample_guidance_scale}
+        drawn |= {"prompts": list(prompts)}
+        self._history.add("samples", step, **drawn)
         if self._scorer is not None:
             score = self._scorer.score(pictures)
-            self._history.add("score", step, clip_i=score.clip_i, clip_t=score.clip_t)
+            self._history.add("score", step, clip_i=score.clip_i, clip_t=score.clip_t, drawn=drawn)
 
     def save(self, progress: Progress) -> None:
         """A checkpoint, and what follows from it: the best one by name, old ones pruned, the report."""
@@ -177,4 +180,4 @@ class Judge:
             return None
         step = -(-len(self._dataset.train) // MAX_PHOTOS)  # a few of them: thousands would fill the memory
         photos: list[Image.Image] = [load_picture(example) for example in self._dataset.train[::step]]
-        return Scorer(clip, photos, self._run.train.sample_prompts, self._dataset.trigger)
+        return Scorer(clip, photos, self._sampler.prompts, self._dataset.trigger)

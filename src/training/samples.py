@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from src import conditioning, denoising, files, images, optimizations
+from src import conditioning, denoising, files, images, optimizations, prompts
 from src.base_models import LoadedModel
 from src.conditioning import Conditioning, Embedding
+from src.errors import usage_error
 from src.request import PictureRequest
 from src.schedulers import build_scheduler, find_sampler
 from src.train_config import TrainConfig
@@ -28,21 +29,36 @@ _NAME = re.compile(r"step-(\d{6,})-(\d+)\.png")
 _TILE_ABOVE_LATENTS = 64  # a side, 512 pixels: beyond this the VAE would need more memory than a training step
 
 
+def as_drawn(train: TrainConfig, wildcards: Path) -> tuple[str, ...]:
+    """The sample prompts as the generator reads them: cleaned, wildcards filled in by the picture's seed.
+
+    Raises UserError: usage for ``<lora:...>``, which a live adapter takes no part in; not found, refused for wildcards.
+    """
+    found = []
+    for index, prompt in enumerate(train.sample_prompts):
+        seed = PictureRequest(prompt=prompt, seed=train.sample_seed).seed_of(index)
+        text, tags = prompts.extract_loras(prompts.expand_wildcards(prompts.clean_prompt(prompt), seed, wildcards))
+        if tags:
+            raise usage_error(f"--sample_prompts: <lora:{tags[0].name}> is not drawn with while another learns; take it out")
+        found.append(text)
+    return tuple(found)
+
+
 class Sampler:
     """Draws the same prompts with the same seeds at every call: what differs between steps is the adapter."""
 
     def __init__(
         self,
         model: LoadedModel,
-        prompts: Sequence[str],
+        texts: Sequence[str],
         train: TrainConfig,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """Prompts are read as the generator reads them, and encoded now, unless the text encoders learn.
+        """``texts``, prompts `as_drawn`, are encoded now, unless the text encoders learn.
 
         ``say`` receives a line when a picture could not be drawn.
         """
-        self.prompts = tuple(prompts)
+        self.prompts = tuple(texts)
         self._model, self._train, self._say = model, train, say
         self._encoded: list[Conditioning] = []
         if not train.train_text_encoder:

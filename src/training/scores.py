@@ -220,8 +220,13 @@ def balance(score: Score, base: Score | None) -> float | None:
 
 
 def scores_of(history: History) -> dict[int, Score]:
-    """The scores that were noted, by step; step 0 is the base model."""
-    return {record.step: Score(record.values.get("clip_i"), record.values.get("clip_t")) for record in history.read("score")}
+    """The scores that were noted of pictures drawn as the last ones were, by step; step 0 is the base model."""
+    records = [(record.step, record.values) for record in history.read("score")]
+    return {
+        step: Score(values.get("clip_i"), values.get("clip_t"))
+        for step, values in records
+        if values.get("drawn") == records[-1][1].get("drawn")
+    }
 
 
 def choose_best(history: History, steps: Collection[int]) -> Best | None:

@@ -27,7 +27,7 @@ from src.diffusion import NoiseSchedule, check_loss
 from src.errors import ExitCode, UserError, refused, usage_error
 from src.model_shapes import read_shapes
 from src.terminal import Terminal, counted
-from src.train_config import TrainRun
+from src.train_config import TrainRun, check_warmup
 from src.training.adapter_learning import AdapterLearning
 from src.training.batches import Feeder, Trainee, versions_of
 from src.training.class_images import draw_class_images
@@ -150,11 +150,12 @@ class Trainer:
             processes=self.accelerator.num_processes, live_text=train.train_text_encoder, is_sdxl=model.family == "SDXL",
         )  # fmt: skip
         steps = total_steps(self.run, feeder.order.batches_per_epoch)
+        check_warmup(train, steps)
         self.learning.settle_steps(steps)
         history = History(store.root / "log.jsonl") if self.is_main else History(None)
         machine = machine_facts(model, self.accelerator.num_processes)
         base_sha256 = weights_sha256(self.run, model)
-        run_facts = {"dataset": dataset.digest, "base_sha256": base_sha256, "machine": machine}
+        run_facts = {"dataset": dataset.digest, "base_sha256": base_sha256, "machine": machine, "total_steps": steps}
         scaler = self.accelerator.scaler
         saver = self.learning.saver(store, model, network, average, optimizer.optimizer, scaler, dataset, run_facts)
         judge.start(saver, history)
@@ -167,10 +168,11 @@ class Trainer:
 
     def _load_model(self) -> LoadedModel:
         config = self.learning.loading(self.run.app_config())
-        device = self.accelerator.device
-        config.model.device = str(device) if device.type == "cuda" else device.type  # several processes count CPUs, too
+        config.model.device = self.accelerator.device.type  # its own of several processes' cards, else the current one
         started = time.monotonic()
         model = base_models.load(config)
+        if line := base_models.idle_card(self.run.model.device, model.device):
+            self.say(f"idle    {line}")
         if model.pipeline.unet.config.in_channels == 9:
             raise refused(f"{model.name}: is an inpainting model; train on the model it was made from")
         self.say(
@@ -310,6 +312,12 @@ class Trainer:
         if changed and not force:
             what = " and ".join(words[name] for name in changed)
             raise usage_error(f"--resume: {what} changed since {checkpoint.folder.name}; --force goes on all the same")
+        total = checkpoint.facts.get("total_steps", mine["total_steps"])
+        if total != mine["total_steps"] and self.run.train.lr_scheduler != "constant" and not force:
+            raise usage_error(
+                f"--resume: the training comes to {mine['total_steps']} steps in place of {total}, by other batches; "
+                "--force goes on along a learning rate stretched to that"
+            )
         before, now = checkpoint.facts.get("machine") or {}, mine["machine"]
         other = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
         if other:

@@ -109,12 +109,13 @@ def _curves(history: History, best: Best | None) -> str:
 
 def _samples(folder: Path, history: History, best: Best | None) -> str | None:
     """A table with a row for each prompt and a column for each step."""
-    noted = {record.step: record.values.get("prompts", []) for record in history.read("samples")}
+    noted = {record.step: record.values for record in history.read("samples")}
     saved = {step: files for step, files in saved_samples(folder).items() if step in noted}
+    saved = {step: files for step, files in saved.items() if noted[step] == noted[max(saved)]}  # drawn as the last ones were
     if not saved:
         return None
     steps = _spread(list(saved), MAX_COLUMNS, always=best.step if best else None)
-    prompts = noted[max(saved)]
+    prompts = noted[max(saved)].get("prompts", [])
     rows = [[prompt, *[_sample(saved[step].get(index)) for step in steps]] for index, prompt in enumerate(prompts)]
     names = ["base model" if step == 0 else f"step {step:,}" for step in steps]
     names = [f"{name}, best" if best and step == best.step else name for name, step in zip(names, steps)]
