@@ -5,6 +5,9 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +28,70 @@ def test_an_unknown_part_is_one_line(capsys) -> None:
     assert bench.main(["swop"]) == 2
     parts = "start, swap, speed, memory, growth, quality, train, designs"
     assert capsys.readouterr().err.splitlines() == [f"error: there is no bench 'swop'; there are: {parts}"]
+
+
+def test_help_is_printed(capsys) -> None:
+    for word in ("--help", "-h"):
+        assert bench.main(["speed", word]) == 0
+        assert "--sdcpp PROGRAM" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["start", "--full"], 2, "--full changes nothing for start"),
+        (["swap", "designs", "--full"], 2, "--full changes nothing for swap and designs"),
+        (["memory", "--compiled"], 2, "--compiled changes nothing for memory"),
+        (["speed", "--script", __file__], 2, "--script changes nothing for speed"),
+        (["speed", "--full", "--openvino", "nope/bin/python"], 4, "--openvino nope/bin/python: no such file"),
+        (["speed", "--full", "--sdcpp", "nope"], 4, "--sdcpp nope: no such file"),
+        (["speed", "--full", "--openvino", __file__], 2, "is no program"),
+        (["train", "--script", "nope.py"], 4, "--script nope.py: no such file"),
+    ],
+)
+def test_what_would_change_nothing_or_fail_after_minutes_is_refused_at_once(words, code, said, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(bench, "_measure", lambda *_: pytest.fail("it began to measure"))
+    assert bench.main(words) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+def test_a_table_is_named_after_what_it_was_measured_on_and_with(monkeypatch, tmp_path) -> None:
+    """Only memory and designs ask a card; only what has a full size is called full."""
+    monkeypatch.setattr("src.bench.report.devices.detect_cards", lambda: [SimpleNamespace(name="H200")])
+    asked = {}
+    monkeypatch.setattr(bench, "_in_folder", lambda part, **options: asked.update({part: options}) or [{"": "a row"}])
+    monkeypatch.setattr(bench, "_start", lambda: [{"": "a row"}])
+    assert bench.main(["--full", "--compiled", "--output", str(tmp_path)]) == 0
+    names = {path.stem.removesuffix("-h200") for path in tmp_path.glob("*-h200.md")}
+    assert names == {"memory-full", "designs"}
+    (cpu,) = {path.stem.removeprefix("start-") for path in tmp_path.glob("start-*.md")}
+    names = {path.stem.removesuffix(f"-{cpu}") for path in tmp_path.glob(f"*-{cpu}.md")}
+    assert names == {"start", "swap", "speed-full", "growth-full", "quality-full", "train-full"}
+    assert asked["speed"] == {"full": True, "compiled": True, "openvino": None, "sdcpp": None}
+    assert (asked["swap"], asked["designs"], asked["train"]) == ({}, {"compiled": True}, {"full": True, "script": None})
+
+
+@pytest.mark.parametrize("error", [UserError("it fell over"), KeyboardInterrupt()])
+def test_rows_that_were_measured_stay_when_the_next_fails(error, monkeypatch, tmp_path) -> None:
+    def measure(part: str, **options: object) -> Iterator[dict[str, str]]:
+        yield {"": "stock"}
+        if not done:
+            done.append(part)
+            return
+        raise error
+
+    done: list[str] = []
+    monkeypatch.setattr(bench, "_in_folder", measure)
+    words = ["swap", "--output", str(tmp_path)]
+    assert bench.main(words) == 0
+    (whole,) = tmp_path.glob("*.md")
+    before = whole.read_bytes()
+    with nullcontext() if isinstance(error, UserError) else pytest.raises(KeyboardInterrupt):
+        assert bench.main(words) == 1
+    (kept,) = tmp_path.glob("swap-not-finished-*.md")
+    assert "| stock |" in kept.read_text()
+    assert whole.read_bytes() == before
 
 
 def test_start_times_each_door_beside_a_bare_interpreter_and_a_run_beside_the_stock_script(
@@ -195,7 +262,8 @@ def test_the_scripts_loop_trains_and_ours_is_timed_on_the_same_pictures(tmp_path
 def test_the_script_is_timed_by_its_progress_bar(tmp_path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
-        "import sys, time\n"
+        "import os, sys, time\n"
+        "assert os.environ['ACCELERATE_USE_CPU'] == 'true'\n"
         "assert '--resolution=64' in sys.argv and '--mixed_precision=bf16' in sys.argv, sys.argv\n"
         "for step in range(7):\n"
         "    sys.stderr.write(f'\\rSteps:  1%| | {step}/6 [00:00<00:00,  1it/s, loss=0.1]'); sys.stderr.flush(); time.sleep(0.05)\n"

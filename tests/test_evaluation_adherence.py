@@ -112,6 +112,7 @@ def test_pictures_drawn_before_are_checked_as_they_are(tmp_path: Path, capsys: p
         (["--scheduler", "eulr"], ExitCode.USAGE, "did you mean"),
         (["--steps", "0"], ExitCode.USAGE, "steps 0"),
         (["--seed", "4294967295"], ExitCode.USAGE, "--seed"),
+        (["--seed", "-1"], ExitCode.USAGE, "--seed -1: give 0 or more"),  # the next run could not go on with random ones
         (["--model", "./typo"], ExitCode.NOT_FOUND, "typo"),
         (["--pictures", "nowhere"], ExitCode.NOT_FOUND, "nowhere"),
         (["--pictures", "nowhere", "--steps", "3"], ExitCode.USAGE, "leave out --steps"),

@@ -1,5 +1,7 @@
 """Attention maps: softmax(q k^T) by hand on tiny U-Nets, sums over tokens, untouched pictures, tokens of words."""
 
+import copy
+import itertools
 import math
 
 import pytest
@@ -9,12 +11,13 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from src import conditioning, cpu_layers
 from src.errors import UserError
 from src.evaluation.attention_maps import Word, find_words, grid_of, recorded, word_maps, words_of
+from src.schedulers import build_scheduler, find_sampler
 from tests.tiny import pipelines
 
 PROMPT = "a red circle left of a (blue:1.3) square, on a white background"
 
 
-def call(pipeline, prompt: str = PROMPT, size: tuple[int, int] = (8, 8), timestep: int = 500, batch: int = 2) -> torch.Tensor:
+def call(pipeline, prompt: str = PROMPT, size: tuple[int, int] = (8, 8), timestep: float = 500, batch: int = 2) -> torch.Tensor:
     """One call of the U-Net as the pipelines make it under guidance: the negative half first."""
     source = torch.Generator().manual_seed(1)
     encoded = conditioning.encode(pipeline, prompt, "ugly")
@@ -60,7 +63,7 @@ def by_hand(pipeline, size: tuple[int, int], **options) -> torch.Tensor:
 def test_a_map_is_the_mean_softmax_of_every_cross_attention(kind: str, size: tuple[int, int]) -> None:
     pipeline = getattr(pipelines, kind)()
     wanted = by_hand(pipeline, size)
-    with recorded(pipeline.unet) as recording:
+    with recorded(pipeline) as recording:
         call(pipeline, size=size)
     (found,) = recording.maps
     assert torch.allclose(found, wanted, atol=1e-6)
@@ -69,11 +72,11 @@ def test_a_map_is_the_mean_softmax_of_every_cross_attention(kind: str, size: tup
 
 def test_under_guidance_it_is_the_prompts_half() -> None:
     pipeline = pipelines.sd1()
-    with recorded(pipeline.unet) as guided:
+    with recorded(pipeline) as guided:
         call(pipeline)
-    with recorded(pipeline.unet) as plain:
+    with recorded(pipeline) as plain:
         call(pipeline, batch=1)
-    with recorded(pipeline.unet) as other:
+    with recorded(pipeline) as other:
         call(pipeline, "something else")
     assert torch.allclose(guided.maps[0], plain.maps[0], atol=1e-5)
     assert not torch.allclose(guided.maps[0], other.maps[0], atol=1e-5)
@@ -85,33 +88,51 @@ def test_recording_changes_nothing_and_leaves_nothing(exchanged: bool) -> None:
     if exchanged:
         cpu_layers.prepare_for_drawing(pipeline.unet)
     before, output = pipeline.unet.attn_processors, call(pipeline)
-    with recorded(pipeline.unet) as recording:
+    with recorded(pipeline) as recording:
         assert torch.equal(call(pipeline), output)
         assert pipeline.unet.attn_processors != before
     assert len(recording.maps) == 1
     assert pipeline.unet.attn_processors == before
     assert not pipeline.unet._forward_hooks
     assert not pipeline.unet._forward_pre_hooks
-    with pytest.raises(KeyError), recorded(pipeline.unet):
+    with pytest.raises(KeyError), recorded(pipeline):
         raise KeyError
     assert pipeline.unet.attn_processors == before
 
 
 def test_a_run_that_begins_anew_is_recorded_anew() -> None:
-    """Memory ran out in the middle: the ladder draws the same once more."""
+    """Memory ran out after a step or two: the ladder draws the same once more, with a scheduler of its own."""
     pipeline = pipelines.sd1()
-    with recorded(pipeline.unet) as recording:
-        for timestep in (900, 500, 900, 500, 500, 100):  # Heun asks twice at a timestep
-            call(pipeline, timestep=timestep)
+    with recorded(pipeline) as recording:
+        for run in ([900], [900, 500], [900, 500, 500, 100]):  # Heun asks twice at a timestep
+            pipeline.scheduler = copy.copy(pipeline.scheduler)
+            for timestep in run:
+                call(pipeline, timestep=timestep)
     assert recording.timesteps == [900, 500, 500, 100]
     assert len(recording.maps) == 4
+
+
+@pytest.mark.parametrize(("sampler", "spacing"), [("dpm2_a_karras", "linspace"), ("dpm2_a", "leading"), ("heun", "leading")])
+def test_every_call_of_a_run_is_recorded_though_its_timesteps_go_up(sampler: str, spacing: str) -> None:
+    pipeline = pipelines.sd1()
+    config = {**pipeline.scheduler.config, "timestep_spacing": spacing, "_use_default_values": ()}
+    pipeline.scheduler = build_scheduler(find_sampler(sampler), config)
+    pipeline.scheduler.set_timesteps(20)
+    timesteps = pipeline.scheduler.timesteps.tolist()
+    assert len(timesteps) == 39
+    assert any(after > before for before, after in itertools.pairwise(timesteps)) == sampler.startswith("dpm2_a")
+    with recorded(pipeline) as recording:
+        for timestep in timesteps:
+            call(pipeline, timestep=timestep)
+    assert recording.timesteps == timesteps
+    assert len(recording.maps) == 39
 
 
 def test_processors_that_were_exchanged_are_noticed() -> None:
     pipeline = pipelines.sd1()
 
     def draw() -> None:
-        with recorded(pipeline.unet):
+        with recorded(pipeline):
             pipeline.unet.set_attn_processor(AttnProcessor2_0())
             call(pipeline)
 
@@ -122,7 +143,7 @@ def test_processors_that_were_exchanged_are_noticed() -> None:
 def test_a_compiled_unet_is_refused() -> None:
     pipeline = pipelines.sd1()
     pipeline.unet.mid_block._compiled_call_impl = lambda: None
-    with pytest.raises(UserError, match="--torch-compile"), recorded(pipeline.unet):
+    with pytest.raises(UserError, match="--torch-compile"), recorded(pipeline):
         pass
 
 
@@ -179,7 +200,7 @@ def test_beyond_the_window_places_count_begins_and_ends() -> None:
     long = "a " * 80 + "square"
     (square,) = find_words(pipeline, long, True, ["square"])
     assert square.places == (77 + 1 + 5,)
-    with recorded(pipeline.unet) as recording:
+    with recorded(pipeline) as recording:
         encoded = conditioning.encode(pipeline, long, "")
         with torch.no_grad():
             pipeline.unet(torch.zeros(1, 4, 8, 8), torch.tensor(9), encoder_hidden_states=encoded.positive.tokens[None])

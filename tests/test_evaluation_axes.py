@@ -47,6 +47,7 @@ def test_prompts_may_come_from_a_file(tmp_path: Path) -> None:
         ("steps=3,3", "stands there twice"),
         ("seed=5-1", "a range goes up"),
         ("seed=1-1000", "at most 100"),
+        ("seed=-1,5", "another one in each cell"),
     ],
 )
 def test_what_is_no_axis_is_refused(text: str, message: str) -> None:

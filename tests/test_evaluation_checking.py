@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from src.evaluation import proof
+from src.evaluation import mistakes, proof
 from src.evaluation.checking import CHECKS, Verdict, check
 from src.scenes import drawing
 from src.scenes.grammar import COLOURS, Background, Landscape, Scene, Thing
@@ -43,7 +43,7 @@ def test_truth_that_is_worn_is_nearly_always_right(wear: str) -> None:
 def test_wrong_pairs_are_refused() -> None:
     share, changes, passed = proof.accepted_of_wrong(proof.wrong_pairs(210, 21), 0, proof.WEARS[proof.AS_RENDERED])
     assert share.value <= proof.MAX_ACCEPTED, [(pair.what, pair.scene.caption, pair.shown.things) for pair in passed]
-    assert set(changes) == set(proof.CHANGES)
+    assert set(changes) == set(mistakes.CHANGES)
 
 
 def test_each_change_is_found_by_its_check() -> None:
@@ -137,7 +137,9 @@ def test_a_landscape_is_judged_by_its_words() -> None:
     wall = drawing.draw(scene)
     ImageDraw.Draw(wall).rectangle((2, 108, 24, 124), fill=COLOURS["blue"])  # without a roof
     assert check(wall, scene).colours is False
-    assert check(proof._second_house(scene, Random(0))(drawing.draw(scene)), scene).colours is False
+    assert check(mistakes._second_house(scene, Random(0))(drawing.draw(scene)), scene).colours is False
+    for seed in range(8):  # a disc, each time of another colour
+        assert check(mistakes._on_the_hills(scene, Random(seed))(drawing.draw(scene)), scene).colours is False
     for changed, wrong in {"time": "background", "hills": "background", "trees": "count", "house": "colours"}.items():
         value = {"time": "at night", "hills": "white", "trees": 3, "house": "blue"}[changed]
         verdict = check(drawing.draw(replace(scene, landscape=replace(land, **{changed: value}))), scene)

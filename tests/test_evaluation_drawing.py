@@ -11,7 +11,7 @@ import pytest
 
 from src.arguments import build_config, parse_arguments
 from src.errors import UserError
-from src.evaluation import drawing
+from src.evaluation import arms, drawing
 from src.orders import read_request
 
 ROOT = Path(__file__).parent.parent
@@ -59,21 +59,36 @@ def test_the_readmes_commands_parse() -> None:
     found = [words for line in lines if (words := shlex.split(line)[3:]) and words[0] in VERBS]
     assert {words[0] for words in found} == set(VERBS)
     for verb, *words in found:
-        drawing.read_typed(parser_of(verb).parse_args(words))
+        drawing.read_typed(parser_of(verb).parse_args(words), print)
 
 
 def test_an_order_is_main_pys() -> None:
     flags = ["--steps", "7", "--cfg", "3", "--size", "128x64", "--model", "embedded", "--negative", "blur", "--clip-skip", "2"]
-    _, typed = drawing.read_typed(parser_of("attention").parse_args(["a cat", *flags]))
+    _, typed = drawing.read_typed(parser_of("attention").parse_args(["a cat", *flags]), print)
     found = drawing.OrderDesk(print).order(typed).request
     asked = parse_arguments(["a cat", *flags, "--seed", "0"])
     assert found == read_request(build_config(asked), asked, print)
 
 
+def test_a_random_seed_is_drawn_once_for_all_orders_and_said() -> None:
+    said: list[str] = []
+    flags = ["--prompt", "a cat", "--model", "embedded", "--seed", "-1"]
+    _, typed = drawing.read_typed(parser_of("compare").parse_args(["embedded", "none", *flags]), said.append)
+    (seed,) = (int(word.strip(",")) for line in said for word in line.split()[1:2])
+    assert 0 <= seed < 2**31
+    sides = arms.order_arms({"one": typed, "other": typed}, ["a cat"], drawing.read_seeds({**typed, "num": 2}), said.append)
+    assert [[order.request.seed for order in own] for own in sides.values()] == [[seed, seed + 1]] * 2
+    assert len(said) == 1
+    drawn = {drawing.read_typed(parser_of("grid").parse_args(flags), print)[1]["generation.seed"] for _ in range(5)}
+    assert len(drawn) == 5
+    for words, wanted in ((["--set", "generation.seed=7"], 7), ([], 0)):  # one that is set is not passed over for the default
+        assert drawing.read_typed(parser_of("grid").parse_args(words), print)[1]["generation.seed"] == wanted
+
+
 def test_an_unusual_flag_is_refused_as_main_py_refuses_it() -> None:
     with pytest.raises(UserError, match="expected a whole number"):
         parser_of("grid").parse_args(["--steps", "many"])
-    _, typed = drawing.read_typed(parser_of("grid").parse_args(["--prompt", "a", "--width", "100"]))
+    _, typed = drawing.read_typed(parser_of("grid").parse_args(["--prompt", "a", "--width", "100"]), print)
     with pytest.raises(UserError, match="not a multiple of 8"):
         drawing.OrderDesk(print).order(typed)
 

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from src import evaluate
-from src.evaluation import figures, inputs, metrics, quality_report
+from src.errors import UserError
+from src.evaluation import figures, inputs, metrics, quality, quality_report
 from src.evaluation.features import ClipFeatures, extract
 from src.evaluation.figures import Seen
 from src.evaluation.skills import choose
@@ -39,7 +40,7 @@ def clip_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folders(tmp_path) -> tuple[Path, Path]:
-    """20 real pictures and 12 generated ones, 10 of them with recipes, 1 with a caption; the last is a copy of real 7."""
+    """20 real pictures and 12 generated ones, 10 of them with prompts, 1 with a caption; the last is a copy of real 7."""
     real, generated = tmp_path / "real", tmp_path / "drawn"
     for index in range(20):
         draw(real / f"{index:02}.png", index)
@@ -48,7 +49,7 @@ def folders(tmp_path) -> tuple[Path, Path]:
             generated / f"{index:02}.png", 100 + index, f"a (red:1.3) circle {index} <lora:ink:0.8>" if index < 10 else None, 40
         )
     (generated / "10.txt").write_text("two green stars")
-    (generated / "11.png").write_bytes((real / "07.png").read_bytes())
+    draw(generated / "11.png", 7, "")
     return real, generated
 
 
@@ -210,9 +211,30 @@ def test_held_out_scenes_are_drawn_where_they_are_asked_for(folders, clip_folder
     assert [path.read_bytes() for path in tmp_path.rglob("photo.png")] == [b"a photo"]  # moved aside
     assert run((Path("scenes"), folders[1]), "--clip", clip_folder, "--output", folders[1]) == 2
     assert "its scenes would lie among --generated" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "real-set-aside").exists()
     (tmp_path / "scenes").mkdir()  # a folder of that name is what is meant
     assert run((Path("scenes"), folders[1]), "--clip", clip_folder, "--output", tmp_path / "out") != 0
     assert "no pictures in it" in capsys.readouterr().err
+
+
+def test_more_scenes_are_drawn_than_a_checkpoint_lists_and_take_the_place_of_their_own_alone(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(drawing, "draw", lambda scene: Image.new("RGB", (8, 8), "red"))
+    monkeypatch.setattr("src.evaluation.skills.choose", lambda count, *_: [None] * count)
+    said: list[str] = []
+    side = quality._draw_scenes(tmp_path, 1001, said.append)
+    assert (len(side.pictures), side.found, side.is_drawn) == (1001, 1001, True)
+    assert sorted((tmp_path / "real").glob("*.png")) == side.pictures
+    quality._draw_scenes(tmp_path, 3, said.append)  # in place of those
+    assert len(list(tmp_path.rglob("*.png"))) == 3
+    draw(tmp_path / "real" / "mine.png", 0)
+    quality._draw_scenes(tmp_path, 2, said.append)
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")) == [
+        "real-set-aside/00000.png", "real-set-aside/00001.png", "real-set-aside/00002.png", "real-set-aside/mine.png",
+        "real/00000.png", "real/00001.png",
+    ]  # fmt: skip
+    assert [line for line in said if "real-set-aside" in line] == [
+        f"{tmp_path / 'real'}: holds what was not drawn here; it is now real-set-aside"
+    ]
 
 
 # --- prompts and pictures --------------------------------------------------------------------------------------------------
@@ -254,6 +276,34 @@ def test_contact_sheets_and_masks_are_no_pictures(folders) -> None:
     assert "deeper/more.jpg" in found
     assert "1 left out" in said[0]
     assert "gen_20261121_grid_000.png" in said[0]
+
+
+def test_of_an_output_folder_the_models_pictures_count(tmp_path, monkeypatch) -> None:
+    """The folder as main.py, the evaluation's verbs and the phases leave it."""
+    outputs, said = tmp_path / "outputs", list[str]()
+    drawn = ["gen_1_000.png", "gen_1_001.png", "evaluation/grid/pictures/cell-01-01_1_000.png"]
+    for name in drawn:
+        draw(outputs / name, 1, "a circle")
+    draw(outputs / "captioned.png", 2)
+    (outputs / "captioned.txt").write_text("a square")
+    others = [
+        "gen_1_preview.png", "gen_1_grid_000.png", "interpolate_000.png", "evaluation/grid/grid.png",
+        "evaluation/compare/sheet.png", "evaluation/attention/attention.png", "scratch/vae/samples/step-000002.png",
+    ]  # fmt: skip
+    for name in others:
+        draw(outputs / name, 3)
+    (outputs / "evaluation" / "quality").mkdir()
+    monkeypatch.setattr(drawing, "draw", lambda scene: Image.new("RGB", (8, 8)))
+    real = quality._draw_scenes(outputs / "evaluation" / "quality", 5, said.append).folder
+    found = inputs.generated_in(outputs, "--generated", said.append)
+    assert {path.relative_to(outputs).as_posix() for path in found} == {*drawn, "captioned.png"}
+    assert [int(line.split(": ")[1].split()[0]) for line in said if " left out " in line] == [2, 10]  # 2 by name, 5 + 5 more
+    assert len(inputs.generated_in(real, "--generated", said.append)) == 5  # by name, and no picture has a recipe
+    for name in drawn:
+        draw(outputs / name, 1)
+    assert len(inputs.generated_in(outputs, "--generated", said.append)) == 4 + 5  # nothing to tell them apart but the mark
+    with pytest.raises(UserError, match="scenes to measure against alone"):
+        inputs.generated_in(real.parent, "--generated", said.append)
 
 
 # --- what is refused, without torch ----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,13 @@ from safetensors.torch import load_file
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from src.config import AppConfig
+from src.config import read_settings as read_yaml_settings
 from src.errors import ExitCode
 from src.generator import TextToImageGenerator
 from src.scenes.drawing import draw
-from src.scratch import clip, latent_space, vae
+from src.scratch import assemble, clip, latent_space, vae
 from src.scratch.__main__ import main, read_settings
+from src.scratch.card import page_of
 from src.scratch.phases import Work
 from src.scratch.pictures import read_pictures
 from src.scratch.settings import PHASES, ScratchSettings, VaeSettings
@@ -105,6 +108,8 @@ def test_the_card_tells_recipe_and_figures(made: Path) -> None:
     page = (made / "model" / "README.md").read_text()
     assert page.startswith("---\nlicense: mit\n")
     assert all(f"| {phase} |" in page for phase in ("scenes", "vae", "clip", "unet"))
+    assert "| overall | 0.00 |" in page
+    assert "adherence, " not in page  # but in a table of their own
     assert "src.scratch all --set scenes.count=40" in page
     assert set(card["files"]) == {
         path.relative_to(made / "model").as_posix() for path in (made / "model").rglob("*") if path.is_file()
@@ -212,6 +217,17 @@ def test_what_is_not_ours_is_moved_aside(copied: Path, tmp_path: Path, capsys) -
     assert (out / "model_index.json").is_file()
 
 
+def test_a_model_too_large_to_ship_is_assembled_elsewhere(copied: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(assemble, "MAX_SHIPPED_BYTES", 1000)
+    monkeypatch.setattr(assemble, "EMBEDDED", tmp_path / "embedded")
+    words = ["assemble", "--work", str(copied), *arguments()]
+    assert main([*words, "--out", str(tmp_path / "embedded")]) == ExitCode.REFUSED
+    assert "assemble it with another --out" in capsys.readouterr().err
+    assert not (tmp_path / "embedded").exists()
+    assert main(words) == 0  # what hours have learnt becomes a model of any size
+    assert (copied / "model" / "model_index.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -224,6 +240,11 @@ def test_what_is_not_ours_is_moved_aside(copied: Path, tmp_path: Path, capsys) -
         (["all", "--restart"], "--restart is of one phase"),
         (["all", "--seed", "7"], "--seed changes nothing for all; the training's is --set unet.seed=N"),
         (["around", "--picture", "a.png", "--quick"], "--quick changes nothing for around"),
+        (["unet", "--out", "models/mine"], "--out changes nothing for unet"),
+        (["assemble", "--restart"], "--restart changes nothing for assemble"),
+        (["reconstruct", "--picture", "a.png", "--seed", "5"], "--seed changes nothing for reconstruct"),
+        (["reconstruct", "--picture", "a.png", "--count", "5"], "--count changes nothing for reconstruct"),
+        (["interpolate", "--picture", "a.png", "--seed", "5"], "--seed changes nothing for interpolate between pictures"),
         (["all", "--set", "machine.device=gpu"], "device 'gpu' is not known"),
         (["unet", "--set", "channels=0,16"], "each is a multiple of 16"),
         (["unet", "--set", "head_width=40"], "unet.head_width 40 does not divide"),
@@ -245,8 +266,10 @@ def test_settings_come_from_files_and_flags() -> None:
     assert quick.unet.steps == 7
     assert quick.vae.steps < ScratchSettings().vae.steps
     assert read_settings({"set": ["unet.channels=32,64"]}, "all").unet.channels == (32, 64)
-    for phase in ("vae", "clip", "unet"):  # the files show the recipe that ships, and may not drift from it
-        assert read_settings({"config": [f"scratch/{phase}"]}, phase) == ScratchSettings()
+    for section in fields(ScratchSettings):  # the files show every setting of the recipe that ships, and may not drift from it
+        names = {f"{section.name}.{item.name}" for item in fields(getattr(ScratchSettings(), section.name))}
+        assert read_yaml_settings(f"scratch/{section.name}").keys() == names
+        assert read_settings({"config": [f"scratch/{section.name}"]}, "all") == ScratchSettings()
 
 
 # -- going on with a model that was assembled
@@ -270,6 +293,8 @@ def test_an_assembled_model_is_unpacked_and_its_unet_goes_on(made: Path, tmp_pat
     more = arguments(**{"unet.begin_from": model, "unet.steps": 1, "unet.seed": 4})
     assert main(["unet", *work, *more]) == main(["assemble", *work, "--out", str(tmp_path / "more")]) == 0
     old, new = (json.loads((folder / "card.json").read_text()) for folder in (model, tmp_path / "more"))
+    noted = page_of({**new, "began_from": {**new["began_from"], "note": "The rate was another."}})
+    assert noted.index(old["command"]) < noted.index("` (The rate was another);") < noted.index("its U-Net went on")
     assert new["phases"]["unet"]["figures"]["samples"] == old["phases"]["unet"]["figures"]["samples"] + 2
     assert new["began_from"] == {"command": old["command"], "unet": old["phases"]["unet"]}
     assert str(tmp_path) not in json.dumps(new)
@@ -308,6 +333,11 @@ def test_what_cannot_be_unpacked_or_gone_on_from_is_said(made: Path, copied: Pat
     assert (copied / "vae" / "final" / "config.json").read_bytes() == before  # nothing that was learnt is replaced
     other = arguments(**{"unet.begin_from": tmp_path / "other" / "model"})
     assert "was learnt with another vae than" in said("unet", "--restart", *other)
+    assert (copied / "unet" / "final").exists()  # nor was anything here
+    shutil.rmtree(copied / "vae")
+    goes_on = arguments(**{"unet.begin_from": made / "model"})
+    assert f"has no vae, and the U-Net of {made / 'model'} goes on" in said("all", *goes_on)  # before one is learnt
+    assert not (copied / "vae").exists()
 
 
 # -- pictures and the latent space's tools
@@ -343,11 +373,12 @@ def test_tools_write_one_picture_each(made: Path, tmp_path: Path, capsys) -> Non
     a, b, model = (
         str(tmp_path / "a.png"),
         str(tmp_path / "b.png"),
-        ["--model", str(made / "model"), "--out", str(tmp_path), "--count", "3"],
+        ["--model", str(made / "model"), "--out", str(tmp_path)],
     )
+    count = ["--count", "3"]
     runs = {
-        "interpolate": [["--picture", a, "--picture", b], ["--prompt", "a red star", "--prompt", "a blue star"]],
-        "reconstruct": [["--picture", a, "--picture", b]], "around": [["--picture", a]],
+        "interpolate": [["--picture", a, "--picture", b, *count], ["--prompt", "a red star", "--prompt", "a blue star", *count]],
+        "reconstruct": [["--picture", a, "--picture", b]], "around": [["--picture", a, *count]],
     }  # fmt: skip
     for tool, choices in runs.items():
         for choice in choices:
@@ -356,5 +387,7 @@ def test_tools_write_one_picture_each(made: Path, tmp_path: Path, capsys) -> Non
             assert min(Image.open(path).size) >= 128
     assert main(["interpolate", "--picture", a, *model]) == ExitCode.USAGE
     assert "takes two --prompt or two --picture" in capsys.readouterr().err
+    assert main(["around", "--picture", a, "--picture", b, *model]) == ExitCode.USAGE  # and does not draw the first alone
+    assert "around takes one --picture" in capsys.readouterr().err
     assert main(["around", "--picture", a, "--model", str(tmp_path)]) == ExitCode.NOT_FOUND
     assert main(["around", "--picture", str(tmp_path / "none.png"), *model]) == ExitCode.NOT_FOUND

@@ -1,30 +1,36 @@
 """python -m src.bench [start|swap|speed|memory|growth|quality|train|designs] [--full] : measure what the project promises.
 
-``--full`` takes models of the well-known shapes with random weights. Others measured beside ours: ``--script PATH``, diffusers'
-train_text_to_image_lora.py; ``--openvino PYTHON``, the interpreter of an environment with optimum-intel; ``--sdcpp PROGRAM``,
-stable-diffusion.cpp's sd-cli; ``--compiled``, the stock script with torch.compile. The tables are printed as they come, and
-written to ``--output DIR`` (docs/bench).
+``--full`` takes models of the well-known shapes with random weights (speed, memory, growth, quality, train). Others measured
+beside ours: ``--script PATH``, diffusers' train_text_to_image_lora.py (train); ``--openvino PYTHON``, the interpreter of an
+environment with optimum-intel, and ``--sdcpp PROGRAM``, stable-diffusion.cpp's sd-cli (speed); ``--compiled``, the stock script
+(speed) or our U-Nets (designs) with torch.compile. The tables are printed as they come, and written to ``--output DIR``
+(docs/bench).
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from src.bench.report import Report, Row
 from src.config import PROJECT_FOLDER
-from src.errors import ExitCode, UserError
+from src.errors import ExitCode, UserError, not_found, usage_error
+from src.request import user_path
 
-PARTS = ("start", "swap", "speed", "memory", "growth", "quality", "train", "designs")
-ON_CARD = ("memory", "quality", "train", "designs")  # where there is one; the others ask the CPU
+PARTS: Mapping[str, tuple[str, ...]] = {  # with the options that each takes
+    "start": (), "swap": (), "speed": ("full", "compiled", "openvino", "sdcpp"), "memory": ("full",), "growth": ("full",),
+    "quality": ("full",), "train": ("full", "script"), "designs": ("compiled",),
+}  # fmt: skip
+ON_CARD = ("memory", "designs")  # where there is one; the others ask the CPU
 RUNS, DRAWINGS = 10, 5
 WRONG_FLAG = "--widht"
 PROMPT = "a red circle on a white background"
@@ -39,40 +45,56 @@ pipeline({PROMPT!r}, num_inference_steps=20, width=128, height=128)
 
 def main(argv: list[str]) -> int:
     """Time the parts that are named, or all; a line of the report is printed as soon as it is known."""
+    if {"--help", "-h"} & set(argv):
+        print(__doc__.strip())
+        return ExitCode.OK
     parser = argparse.ArgumentParser(prog="bench", add_help=False, allow_abbrev=False)
     parser.add_argument("--full", action="store_true")
-    parser.add_argument("--script", type=Path)
+    parser.add_argument("--script", type=user_path)
     parser.add_argument("--compiled", action="store_true")
-    parser.add_argument("--openvino", type=Path)
-    parser.add_argument("--sdcpp", type=Path)
-    parser.add_argument("--output", type=Path, default=PROJECT_FOLDER / "docs" / "bench")
+    parser.add_argument("--openvino", type=user_path)
+    parser.add_argument("--sdcpp", type=user_path)
+    parser.add_argument("--output", type=user_path, default=PROJECT_FOLDER / "docs" / "bench")
     options, names = parser.parse_known_args(argv)
-    unknown = [name for name in names if name not in PARTS]
-    if unknown:
-        print(f"error: there is no bench '{unknown[0]}'; there are: {', '.join(PARTS)}", file=sys.stderr)
-        return 2
-    parts: dict[str, Callable[[], Iterable[str | Row]]] = {
-        "start": _start, "swap": lambda: _in_folder("swap"),
-        "speed": lambda: _in_folder(
-            "speed", full=options.full, compiled=options.compiled, openvino=options.openvino, sdcpp=options.sdcpp
-        ),
-        "memory": lambda: _in_folder("memory", full=options.full), "growth": lambda: _in_folder("growth", full=options.full),
-        "quality": lambda: _in_folder("quality", full=options.full),
-        "designs": lambda: _in_folder("designs", compiled=options.compiled),
-        "train": lambda: _in_folder("train", full=options.full, script=options.script),
-    }  # fmt: skip
+    shown = ["PATH" if Path(word).is_absolute() else word for word in argv]  # whose machine it was is nobody's business
     try:
+        _check(names, options)
         for name in names or PARTS:
-            print(f"\n{name}")
-            shown = ["PATH" if Path(word).is_absolute() else word for word in argv]  # whose machine it was is nobody's business
-            command = " ".join(["python -m src.bench", *shown])
-            report = Report(f"{name} full" if options.full else name, command, on_card=name in ON_CARD)
-            report.add(parts[name]())
-            print(f"  -> {report.write(options.output)}")
+            _measure(name, {option: getattr(options, option) for option in PARTS[name]}, " ".join(shown), options.output)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    return 0
+    return ExitCode.OK
+
+
+def _check(names: Sequence[str], options: argparse.Namespace) -> None:
+    """Refuse now what hours of measuring would end in. Raises UserError: usage; not found for a program or script."""
+    if unknown := [name for name in names if name not in PARTS]:
+        raise usage_error(f"there is no bench '{unknown[0]}'; there are: {', '.join(PARTS)}")
+    taken = {option for name in names or PARTS for option in PARTS[name]}
+    for option in ("full", "compiled", "script", "openvino", "sdcpp"):
+        if getattr(options, option) and option not in taken:
+            raise usage_error(f"--{option} changes nothing for {' and '.join(names)}; leave it out")
+    for option in ("script", "openvino", "sdcpp"):
+        path = getattr(options, option)
+        if path is not None and not path.is_file():
+            raise not_found(f"--{option} {path}: no such file; check the path")
+        if path is not None and option != "script" and not os.access(path, os.X_OK):
+            raise usage_error(f"--{option} {path}: is no program; name one that can be run")
+
+
+def _measure(name: str, options: Mapping[str, Any], typed: str, folder: Path) -> None:
+    """Run one part and write its table: of one that ended early beside an earlier one, not in its place."""
+    print(f"\n{name}")
+    report = Report(f"{name} full" if options.get("full") else name, f"python -m src.bench {typed}", on_card=name in ON_CARD)
+    try:
+        report.add(_start() if name == "start" else _in_folder(name, **options))
+    except BaseException:  # Ctrl-C as well
+        report.what += ", not finished"
+        raise
+    finally:
+        if any(isinstance(item, Mapping) for item in report.items):
+            print(f"  -> {report.write(folder)}")
 
 
 def _start() -> Iterator[str | Row]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -93,7 +94,8 @@ def _time_script(setting: Setting, data: Path, script: Path, output: Path) -> li
         "rank": RANK, "mixed_precision": setting.precision, "output_dir": output, "seed": 0,
     }  # fmt: skip
     command = [sys.executable, str(script), *(f"--{name}={value}" for name, value in options.items())]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}  # as ours, also where there is a card
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
         assert process.stderr is not None
         ends: dict[int, float] = {}
         text = ""

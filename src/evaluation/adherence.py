@@ -75,6 +75,8 @@ def run(options: argparse.Namespace, say: Say) -> int:
     """Draw, or read, or prove; check; write and print the figures. Raises UserError."""
     typed = vars(options)
     settings = AdherenceSettings(**{f.name: typed[f.name] for f in fields(AdherenceSettings) if f.name in typed})
+    if settings.seed < 0:  # not drawn, as elsewhere: the same command goes on with the pictures that it has drawn
+        raise usage_error(f"--seed {settings.seed}: give 0 or more; the next picture has the next")
     folder = user_path(options.output)
     asked = [f"--{name.replace('_', '-')}" for name in typed if name in _HELP or name == "device"]
     if options.prove:

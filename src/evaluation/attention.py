@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, say: drawing.Say) -> int:
     """Draw one picture, recording, and write the sheet, the maps and the report. Returns the exit code."""
-    folder, typed = drawing.read_typed(options)
+    folder, typed = drawing.read_typed(options, say)
     wanted = [part.strip() for part in typed.pop("words", "").split(",") if part.strip()]
     order = drawing.OrderDesk(say).order(typed)
     if order.config.optimization.enable_torch_compile:
@@ -81,7 +81,7 @@ def run(options: argparse.Namespace, say: drawing.Say) -> int:
             say(f"words   {len(words)} are too many for a sheet: the first {MAX_WORDS} are shown; choose with --words")
             words = words[:MAX_WORDS]
         previews = _Previews(artist.generator)
-        with attention_maps.recorded(pipeline.unet) as recording:
+        with attention_maps.recorded(pipeline) as recording:
             picture = artist.draw(order, previews.note)
         path = artist.save(picture, "attention")
     rows = _rows(recording, words, picture, previews.pictures)

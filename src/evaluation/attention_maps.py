@@ -35,7 +35,8 @@ _MARK = ".attn2."  # diffusers' name for the attention to the text
 class Recording:
     """The maps of the run that was drawn last."""
 
-    def __init__(self) -> None:
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline, self._scheduler = pipeline, pipeline.scheduler
         self.maps: list[Tensor] = []  # one a call of the U-Net: (S, h, w) float32 on the CPU, each place sums to 1 over S
         self.timesteps: list[float] = []
         self._timestep, self._latent_px = 0.0, (0, 0)
@@ -43,9 +44,10 @@ class Recording:
 
     def begin(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         """A call of the U-Net begins: args are latents (B, C, h, w), timestep, ..."""
+        if self._pipeline.scheduler is not self._scheduler:  # each run has its own, also the same once more in less memory
+            # Timesteps would not tell: second-order samplers ask twice at one, "DPM2 a" even goes up by parts of one.
+            self._scheduler, self.maps, self.timesteps = self._pipeline.scheduler, [], []
         self._timestep = float(args[1])
-        if self.timesteps and self._timestep > self.timesteps[-1]:  # another run, or the same once more in less memory
-            self.maps, self.timesteps = [], []
         self._latent_px, self._sums = tuple(args[0].shape[-2:]), {}
 
     def add(self, weights: Tensor) -> None:
@@ -90,15 +92,16 @@ class RecordingAttention:
 
 
 @contextlib.contextmanager
-def recorded(unet: UNet2DConditionModel) -> Iterator[Recording]:
-    """Record the cross-attention of a U-Net that draws one picture at a time; its processors are put back afterwards.
+def recorded(pipeline: Pipeline) -> Iterator[Recording]:
+    """Record the cross-attention of a pipeline that draws one picture at a time, each with a scheduler of its own.
 
-    Raises UserError: usage for a compiled U-Net, which would not look at the processors; failure where it drew and nothing
-    was recorded.
+    The U-Net's processors are put back afterwards. Raises UserError: usage for a compiled U-Net, which would not look at them;
+    failure where it drew and nothing was recorded.
     """
+    unet: UNet2DConditionModel = pipeline.unet
     if any(module._compiled_call_impl is not None for module in unet.modules()):
         raise usage_error("attention maps and --torch-compile do not go together; leave --torch-compile out")
-    recording, before = Recording(), unet.attn_processors
+    recording, before = Recording(pipeline), unet.attn_processors
     watching = {
         name: RecordingAttention(processor, recording) if _MARK in name else processor for name, processor in before.items()
     }

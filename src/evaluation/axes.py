@@ -12,7 +12,7 @@ from src.config import GenerationConfig, full_name, setting_names
 from src.errors import usage_error
 from src.jobs import read_job_lines
 from src.recipe import public_name
-from src.request import LoraChoice
+from src.request import RANDOM_SEED, LoraChoice
 
 MAX_VALUES = 100  # of an axis
 NO_LORA = "none"
@@ -77,6 +77,8 @@ def parse_axis(flag: str, text: str) -> Axis:
         if not 0 <= last - first < MAX_VALUES:
             raise usage_error(f"{flag} {text}: a range goes up, by at most {MAX_VALUES} numbers")
         values = [str(number) for number in range(first, last + 1)]
+    if target == "generation.seed" and str(RANDOM_SEED) in values:
+        raise usage_error(f"{flag} {name}: {RANDOM_SEED} would be another one in each cell; name them, e.g. {flag} seed=1-4")
     if len(values) > MAX_VALUES:
         raise usage_error(f"{flag}: {len(values)} values are more than a sheet shows; give at most {MAX_VALUES}")
     if len(set(values)) < len(values):

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, say: drawing.Say) -> int:
     """Draw both sides, measure them, and write the sheet and the report. Returns the exit code."""
-    folder, typed = drawing.read_typed(options)
+    folder, typed = drawing.read_typed(options, say)
     clip_name = typed.pop("clip", None)
     wanted = _sides(typed, [typed.pop("a"), typed.pop("b")])
     orders = order_arms(wanted, drawing.read_prompts(typed), drawing.read_seeds(typed), say)

@@ -6,16 +6,17 @@ An order is ``main.py``'s: what was typed, with what differs from picture to pic
 from __future__ import annotations
 
 import argparse
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src.arguments import FLAGS, build_config, settle
+from src.arguments import FLAGS, build_config, is_given, settle
 from src.config import AppConfig
 from src.errors import usage_error
 from src.flags import Flag, add_flag
-from src.request import user_path
+from src.request import RANDOM_SEED, user_path
 from src.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from src.request import PictureRequest
 
 FIRST_SEED = 0  # where none is typed: figures of two runs are then of the same pictures
+DRAWN_SEEDS = 2**31  # of --seed -1: below this, so that those of a prompt's other pictures fit into 32 bits, too
 PICTURES_PER_PROMPT = 4
 PICTURES = "pictures"  # the folder within a verb's own
 
@@ -55,11 +57,16 @@ def add_flags(parser: argparse.ArgumentParser, own: Sequence[Flag]) -> None:
             add_flag(group, flag, defaults)
 
 
-def read_typed(options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
-    """The verb's folder, and what was typed, and only that; a seed is always there."""
+def read_typed(options: argparse.Namespace, say: Say) -> tuple[Path, dict[str, Any]]:
+    """The verb's folder, and what was typed, and only that; a seed is always there, and for -1 it is drawn, once and said."""
     typed = {name: value for name, value in vars(options).items() if name not in _OF_THE_DOOR}
     folder = user_path(options.output)
-    return folder, {"generation.seed": FIRST_SEED, **settle(typed), "paths.outputs": str(folder / PICTURES)}
+    typed = {**settle(typed), "paths.outputs": str(folder / PICTURES)}
+    seed = build_config(typed).generation.seed if is_given(typed, "generation.seed") else FIRST_SEED
+    if seed in (None, RANDOM_SEED):  # else every order would draw its own, and no two were of the same noise
+        seed = secrets.randbelow(DRAWN_SEEDS)
+        say(f"seed    {seed}, drawn for --seed {RANDOM_SEED}")
+    return folder, {**typed, "generation.seed": seed}
 
 
 def read_prompts(typed: dict[str, Any]) -> list[str]:

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, say: drawing.Say) -> int:
     """Draw all cells, save each with its recipe, and write the sheet and the report. Returns the exit code."""
-    folder, typed = drawing.read_typed(options)
+    folder, typed = drawing.read_typed(options, say)
     x, y = _read_axes(typed, vars(options))
     cells = _plan(x, y, typed, say)
     from src.evaluation.sheet import cell_limit_px, shrunk

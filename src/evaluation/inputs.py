@@ -18,13 +18,14 @@ from src.tensor_files import read_header
 
 PROMPT_SOURCES = ("auto", "recipes", "captions", "none")
 FID_CLASSES = 1008  # of the Inception that FID is defined by; other Inceptions have 1000
-_SHEET = re.compile(r"_grid_\d+$")  # main.py's contact sheets
+REAL_SCENES = "scenes.json"  # marks a folder of scenes that `quality` drew to measure against, and lists them
+_SHEET = re.compile(r"_(grid_\d+|preview)$")  # main.py's contact sheets and previews
 
 
 def pictures_in(folder: Path, flag: str, say: Callable[[str], None]) -> list[Path]:
     """The pictures below a folder, sorted by name; what is left out is said.
 
-    Masks and contact sheets are no pictures here. Raises UserError: not found for no folder or no picture in it.
+    Masks, contact sheets and previews are no pictures here. Raises UserError: not found for no folder or no picture in it.
     """
     if not folder.is_dir():
         raise not_found(f"{flag} {folder}: no such folder; check the path")
@@ -33,10 +34,32 @@ def pictures_in(folder: Path, flag: str, say: Callable[[str], None]) -> list[Pat
     skipped = [skip.source for skip in inventory.skipped if skip.is_picture]
     left_out = [*(name for name in inventory.pictures if name not in set(pictures)), *skipped]
     if left_out:
-        say(f"{flag} {folder}: {len(left_out)} left out (contact sheets, links, other formats), first {left_out[0]}")
+        say(f"{flag} {folder}: {len(left_out)} left out (contact sheets, previews, links, other formats), first {left_out[0]}")
     if not pictures:
         raise not_found(f"{flag} {folder}: no pictures in it; name the folder that holds them")
     return [folder / name for name in pictures]
+
+
+def generated_in(folder: Path, flag: str, say: Callable[[str], None]) -> list[Path]:
+    """The pictures below a folder that a model drew: as `pictures_in`, without what the project itself puts beside them.
+
+    That is scenes to measure against and, where some of the pictures carry a recipe, all that have neither recipe nor caption:
+    sheets, samples of a training, reconstructions. Raises as `pictures_in`.
+    """
+    pictures = pictures_in(folder, flag, say)
+    real = {place for place in {path.parent for path in pictures} - {folder} if (place / REAL_SCENES).is_file()}
+    drawn = [path for path in pictures if path.parent not in real]
+    with_recipe = set(filter(_has_recipe, drawn))
+    if with_recipe:
+        captions, _ = read_captions(folder, [path for path in drawn if path not in with_recipe])
+        drawn = [path for path in drawn if path in with_recipe or captions[path]]
+    if not drawn:
+        raise not_found(f"{flag} {folder}: holds scenes to measure against alone; name the folder of the model's pictures")
+    kept = set(drawn)
+    if left_out := [path for path in pictures if path not in kept]:
+        first = left_out[0].relative_to(folder)
+        say(f"{flag} {folder}: {len(left_out)} left out (scenes to measure against, or without recipe), first {first}")
+    return drawn
 
 
 def sample(pictures: Sequence[Path], most: int | None, seed: int) -> list[Path]:
@@ -69,6 +92,13 @@ def check_inception(path: Path) -> None:
         raise refused(f"--inception {path}: is not the Inception of FID ({found}); see README, Evaluate")
     if importlib.util.find_spec("torch_fidelity") is None:
         raise usage_error("--inception needs the package torch-fidelity for its network: pip install torch-fidelity")
+
+
+def _has_recipe(path: Path) -> bool:
+    try:
+        return bool(read_text_chunks(path, recipe.KEYS))
+    except UserError:  # no picture, or a damaged one
+        return False
 
 
 def _recipe_prompt(path: Path) -> str | None:

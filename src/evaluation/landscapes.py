@@ -15,7 +15,8 @@ SKY_ROWS, GROUND_ROW, FRONT_ROWS = slice(1, 54), 57, slice(121, SIZE_PX)  # sky;
 MAX_SKY, MAX_HILLS, MAX_HOUSE = 16.0, 16.0, 22.0  # CIELAB, from the colours expected
 MIN_TREE_PX, MIN_ROOF_PX, ROOF_PX = 60, 80, (18, 44)  # areas; width of a roof
 WALL_PX = 24  # below the roof, where the house's own wall ends
-MAX_OFF_SKY, MIN_OTHER_PX, RESEMBLES = 26.0, 70, 25.0  # CIELAB from sky and light; area of what should not be there; CIELAB
+MAX_OFF_SKY, MAX_OFF_GROUND = 26.0, 20.0  # CIELAB, from every colour that may be there
+MIN_OTHER_PX, RESEMBLES = 70, 25.0  # area of what should not be there; CIELAB
 _ROOF, _TREE, _TRUNK = (88, 60, 50), (21, 94, 60), (101, 67, 33)
 _LIT_WINDOW, _WINDOW = (255, 236, 150), (200, 230, 245)
 
@@ -44,7 +45,7 @@ def check(picture: Image.Image, land: Landscape) -> tuple[bool, bool, bool, tupl
         colours, wood | (labels == names.index("trunk")), time or land.time
     )
     house = houses[0][0] if len(houses) == 1 else None
-    is_alone = house is not None and not _has_other_walls(labels, names, time or land.time, hills or land.hills, houses[0][1])
+    is_alone = house is not None and not _has_strangers(colours, time or land.time, hills or land.hills, houses[0][1])
     is_sky = time is None or not _has_something_in_sky(colours, time)
     if trees != land.trees:
         faults.append(f"trees: {trees} instead of {land.trees}")
@@ -53,7 +54,7 @@ def check(picture: Image.Image, land: Landscape) -> tuple[bool, bool, bool, tupl
     if house != land.house:
         faults.append(f"house: {house or (f'{len(houses)} of them' if houses else 'none')} instead of {land.house}")
     elif not is_alone:
-        faults.append("house: not the only thing of a house's colour")
+        faults.append("house: something else lies on the hills")
     is_background = (time, hills) == (land.time, land.hills) and is_sky
     return is_background, trees == land.trees, house == land.house and is_alone, tuple(faults)
 
@@ -103,14 +104,33 @@ def _houses(colours: np.ndarray, roof: np.ndarray, time: str) -> list[tuple[str,
     return found
 
 
-def _has_other_walls(labels: np.ndarray, names: list[str], time: str, hills: str, own: tuple[slice, slice]) -> bool:
-    """Whether a house's colour lies elsewhere, too; not asked of colours that hills or sky resemble."""
-    outside = np.ones(labels.shape, dtype=bool)
-    outside[own] = False
+def _has_strangers(colours: np.ndarray, time: str, hills: str, own: tuple[slice, slice]) -> bool:
+    """Whether more than hills, trees and the house at ``own`` lies below the sky.
+
+    That is: what has no colour of theirs, or a house's or the sky's colour where neither of them is; not asked of colours that
+    the hills resemble.
+    """
+    labels, names = _labelled(colours, time, hills)
     palette = lab(np.array(list(_palette(time, hills).values()), dtype=np.float32))
-    around = palette[[names.index(name) for name in ("back", "front", "sky")]]
-    telling = [names.index(name) for name in HOUSES if distances(palette[names.index(name)], around).min() >= RESEMBLES]
-    return any(_compact((labels == index) & outside) for index in telling)
+    sun = lab(np.array([LIGHTS[time]], dtype=np.float32))[: time == "at sunset"]  # which reaches down here then
+    is_ground = labels >= 0
+    above, horizon = (np.array(colour) for colour in SKIES[time])
+    low_sky = lab(np.stack([above + (horizon - above) * share for share in np.linspace(0.7, 1, RAMP_STEPS // 3)]))
+    off = distances(colours, np.concatenate([palette, sun, low_sky])).min(-1)
+    to_sky, to_hills = (
+        distances(palette, palette[[names.index(n) for n in of]]).min(-1) for of in (["sky"], ["back", "front"])
+    )
+    is_open = is_ground & ((to_sky < RESEMBLES)[labels] | (distances(colours, sun) < RESEMBLES).any(-1))
+    parts, _ = ndimage.label(is_open)
+    is_sky = is_open & np.isin(parts, parts[GROUND_ROW])  # what comes down from above
+    outside = is_ground & ~is_sky
+    outside[own] = False
+    strangers = [is_ground & (off > MAX_OFF_GROUND)]
+    for kind in (*((name,) for name in HOUSES), ("roof", "trunk"), ("window",), ("sky",)):
+        indices = [names.index(name) for name in kind]
+        if (to_hills[indices] >= RESEMBLES).all():
+            strangers.append(np.isin(labels, indices) & outside)
+    return any(_compact(mask) for mask in strangers)
 
 
 def _has_something_in_sky(colours: np.ndarray, time: str) -> bool:

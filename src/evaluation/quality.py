@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src import quiet
+from src import folders, quiet
 from src.arguments import build_config
-from src.checkpoints import CheckpointFolder
 from src.errors import ExitCode, not_found, usage_error
 from src.evaluation import inputs
 from src.files import check_writable_folder
@@ -117,8 +118,8 @@ def read_comparison(options: argparse.Namespace, say: Callable[[str], None]) -> 
         if is_drawn:
             raise usage_error(f"--output {options.output}: its scenes would lie among --generated {generated}; choose another")
         raise usage_error(f"--real {real} and --generated {generated} share pictures; name folders apart from each other")
-    real_side = None if is_drawn else _side(real, "--real", options, say)
-    generated_side = _side(generated, "--generated", options, say)
+    real_side = None if is_drawn else _side(inputs.pictures_in, real, "--real", options, say)
+    generated_side = _side(inputs.generated_in, generated, "--generated", options, say)
     if options.clip is not None and not user_path(options.clip).is_dir():  # before torch is imported
         raise not_found(f"--clip {options.clip}: no such folder; name a CLIPModel folder of transformers")
     inception = None if options.inception is None else user_path(options.inception)
@@ -145,9 +146,21 @@ def _draw_scenes(output: Path, count: int, say: Callable[[str], None]) -> Side:
     from src.scenes.drawing import draw
 
     pictures = {f"{index:05}.png": encode_png(draw(scene), {}) for index, scene in enumerate(choose(count, 0, "both"))}
-    folder = CheckpointFolder(output, say).publish("real", pictures, {"drawn": "held-out scenes"})
+    folder = output / "real"
+    if os.path.lexists(folder) and not _is_ours(folder):
+        say(f"{folder}: holds what was not drawn here; it is now {folders.set_aside(folder).name}")
+    folders.publish_folder(folder, {**pictures, inputs.REAL_SCENES: json.dumps({"files": sorted(pictures)}).encode()})
     say(f"real      {counted(count, 'held-out scene')} drawn into {folder}")
     return Side(folder, [folder / name for name in pictures], count, is_drawn=True)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether `_draw_scenes` made all that lies there, so that it may be replaced."""
+    try:
+        known = {inputs.REAL_SCENES, *json.loads((folder / inputs.REAL_SCENES).read_bytes())["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return not folder.is_symlink() and set(os.listdir(folder)) <= known
 
 
 def _clip_folder(named: str | None) -> Path | None:
@@ -173,8 +186,10 @@ def table(found: list[Figure]) -> str:
     return "\n".join("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[-1]]) for row in rows)
 
 
-def _side(folder: Path, flag: str, options: argparse.Namespace, say: Callable[[str], None]) -> Side:
-    pictures = inputs.pictures_in(folder, flag, say)
+def _side(
+    find: Callable[..., list[Path]], folder: Path, flag: str, options: argparse.Namespace, say: Callable[[str], None]
+) -> Side:
+    pictures = find(folder, flag, say)
     chosen = inputs.sample(pictures, options.max_pictures, options.seed)
     share = "" if len(chosen) == len(pictures) else f" of {len(pictures):,}"
     say(f"{flag[2:]:<9} {counted(len(chosen), 'picture')}{share} in {folder}")

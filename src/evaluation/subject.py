@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, say: drawing.Say) -> int:
     """Draw with and without the adapter, measure both, and write the sheet and the report. Returns the exit code."""
-    folder, typed = drawing.read_typed(options)
+    folder, typed = drawing.read_typed(options, say)
     missing = [flag for flag in ("--photos", "--lora") if flag.lstrip("-") not in typed]
     if missing:
         raise usage_error(f"subject: {missing[0]} is missing; give --photos DIR, --lora FILE and --prompts FILE")

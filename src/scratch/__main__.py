@@ -17,6 +17,12 @@ from src.terminal import Terminal
 USAGE = "python -m src.scratch all|PHASE [options]"
 TOOLS = ("interpolate", "reconstruct", "around")
 UNPACK = "unpack"
+_RECIPE = ("work", "config", "set", "quick", "restart")
+TAKES: dict[str, tuple[str, ...]] = {  # the flags of each verb; others would change nothing
+    **dict.fromkeys(PHASES, _RECIPE), "all": (*_RECIPE, "out"), "assemble": ("work", "config", "set", "quick", "out"),
+    "interpolate": ("model", "out", "prompt", "picture", "seed", "count"), "reconstruct": ("model", "out", "picture"),
+    "around": ("model", "out", "picture", "seed", "count"), UNPACK: ("model", "work"),
+}  # fmt: skip
 DESCRIPTION = f"""Train a small Stable Diffusion from random weights on pictures that are drawn here.
 
 phases: {", ".join(PHASES)}; each needs those before it. "all" does what is not done yet, so the same command goes on
@@ -101,11 +107,11 @@ def _run(argv: Sequence[str], terminal: Terminal) -> int:
         terminal.say(f"{model}: its parts are in {work_folder}")
         return ExitCode.OK
     device_of(settings.machine)  # refused now if it is not there, not after an hour
+    work = Work(work_folder, terminal.say)
     if settings.unet.begin_from is not None and verb in ("all", "unet"):
         from src.scratch.card import check_begin
 
-        check_begin(Path(settings.unet.begin_from).expanduser(), settings.unet)  # before anything is forgotten or learnt
-    work = Work(work_folder, terminal.say)
+        check_begin(Path(settings.unet.begin_from).expanduser(), settings.unet, work)  # before anything is forgotten or learnt
     out = Path(typed.get("out", work_folder / "model")).expanduser()
     if "restart" in typed:
         work.inputs(verb)  # nothing is forgotten if it could not be learnt again
@@ -122,11 +128,11 @@ def _run(argv: Sequence[str], terminal: Terminal) -> int:
 
 def _check_flags(typed: dict[str, Any], verb: str) -> None:
     """Refuse flags that would change nothing."""
-    groups = ("folders", "answers", "tools" if verb in TOOLS else "recipe")
-    known = {flag.names[0].removeprefix("--") for name in groups for flag in FLAGS[name]} | {"words"}
-    known = {"model", "work", "words", "debug"} if verb == UNPACK else known - ({"work"} if verb in TOOLS else set())
+    known = {*TAKES[verb], "words", "debug"}
+    if verb == "interpolate" and "picture" in typed and "prompt" not in typed:  # nothing is drawn from noise
+        verb, known = "interpolate between pictures", known - {"seed"}
     for name in sorted(typed.keys() - known):
-        hint = "; the training's is --set unet.seed=N" if name == "seed" and verb != UNPACK else ""
+        hint = "; the training's is --set unet.seed=N" if name == "seed" and verb in ("all", *PHASES) else ""
         raise usage_error(f"--{name} changes nothing for {verb}{hint}")
 
 

@@ -13,12 +13,13 @@ from typing import Any
 from src import folders
 from src.checkpoints import CheckpointFolder
 from src.errors import refused, usage_error
+from src.model_files import EMBEDDED
 from src.scratch.card import CARD, PAGE, PARTS, SAMPLES, files_of, make_card, page_of, read_card
 from src.scratch.phases import Work
 from src.scratch.settings import ScratchSettings
 from src.terminal import Terminal
 
-MAX_BYTES = 40 << 20
+MAX_SHIPPED_BYTES = 40 << 20  # of the model that everybody gets with the project
 UNPACKED = ("tokenizer", "vae", "clip", "unet")  # in the order in which they build on each other
 INDEX = {
     "_class_name": "StableDiffusionPipeline", "feature_extractor": [None, None], "image_encoder": [None, None],
@@ -32,7 +33,8 @@ INDEX = {
 def assemble(work: Work, settings: ScratchSettings, out: Path, terminal: Terminal) -> dict[str, Any]:
     """Write ``out``, in place of a model that was assembled before; anything else of that name is moved aside.
 
-    Raises UserError: not found for a missing phase, usage for phases that do not fit together, refused above 40 MB.
+    Raises UserError: not found for a missing phase, usage for phases that do not fit together, refused for a model that is
+    too large to ship where the one that ships lies.
     """
     inputs = work.inputs("assemble")
     contents: dict[str, bytes] = {}
@@ -51,8 +53,9 @@ def assemble(work: Work, settings: ScratchSettings, out: Path, terminal: Termina
     contents[CARD] = json.dumps(card, indent=2).encode() + b"\n"
     contents[PAGE] = page_of(card).encode()
     size_bytes = sum(map(len, contents.values()))
-    if size_bytes > MAX_BYTES:
-        raise refused(f"the model would be {size_bytes / 2**20:.1f} MB, the limit is {MAX_BYTES >> 20}; choose fewer channels")
+    if size_bytes > MAX_SHIPPED_BYTES and out.resolve() == EMBEDDED.resolve():
+        larger = f"the model would be {size_bytes / 2**20:.1f} MB, what ships is at most {MAX_SHIPPED_BYTES >> 20}"
+        raise refused(f"{out}: {larger}; nothing is lost: assemble it with another --out")
     folders.make_folder(out.parent)
     if out.exists() and (reason := _not_ours(out)):
         terminal.say(f"{out}: {reason}; it is now {folders.set_aside(out).name}")

@@ -15,6 +15,7 @@ from src.scratch.settings import ScratchSettings, UnetSettings
 from src.scratch.tokenizer import TOKENIZER_FILES
 
 CARD, PAGE, SAMPLES = "card.json", "README.md", "samples.png"
+SKILL = "adherence, "  # how the figures of the last examination are called
 BEGAN_FROM = "began_from.json"  # beside a U-Net that went on learning: what the model before says of its own
 PARTS = {"unet": "unet", "vae": "vae", "tokenizer": "tokenizer", "clip": "clip"}  # folder: phase
 BUILD = ("channels", "layers", "attention_levels", "head_width")  # settings that a U-Net's weights depend on
@@ -56,10 +57,10 @@ def _name_in(phase: str, name: str) -> str | None:
     return rest if is_own else None
 
 
-def check_begin(model: Path, settings: UnetSettings) -> dict[str, Any]:
-    """The card of a model whose U-Net shall go on learning with these settings.
+def check_begin(model: Path, settings: UnetSettings, work: Work) -> dict[str, Any]:
+    """The card of a model whose U-Net shall go on learning with these settings and what ``work`` holds.
 
-    Raises UserError: not found or refused as `read_card`, usage for a U-Net of another build.
+    Raises UserError: not found or refused as `read_card`, usage for a U-Net of another build, or learnt with other parts.
     """
     card = read_card(model)
     learnt, asked = card["phases"]["unet"]["settings"], settings_of(ScratchSettings(unet=settings), "unet")
@@ -67,6 +68,17 @@ def check_begin(model: Path, settings: UnetSettings) -> dict[str, Any]:
     if differing:
         typed = " ".join(f"--set unet.{setting}" for setting in differing)
         raise usage_error(f"{model}: its U-Net is of another build; go on with {typed}")
+    for phase in ("tokenizer", "vae", "clip"):
+        if not (work.of(phase) / "final").exists():
+            raise usage_error(
+                f"{work.folder}: has no {phase}, and the U-Net of {model} goes on with that model's; "
+                f"run python -m src.scratch unpack --model {model} --work {work.folder}"
+            )
+        learnt_with, here = files_of(model, card, phase), work.result(phase)
+        if any(name not in here.files or here.read(name) != data for name, data in learnt_with.items()):
+            raise usage_error(
+                f"{model}: its U-Net was learnt with another {phase} than {work.of(phase)}; unpack it into a new --work folder"
+            )
     return card
 
 
@@ -109,15 +121,26 @@ def page_of(card: dict[str, Any]) -> str:
         "| phase | figures |", "| --- | --- |",
     ]  # fmt: skip
     for phase, one in card["phases"].items():
-        told = ", ".join(f"{name} {value:.4g}" for name, value in one["figures"].items() if isinstance(value, (int, float)))
-        lines.append(f"| {phase} | {told} |")
+        numbers = {name: value for name, value in one["figures"].items() if isinstance(value, (int, float))}
+        told = [f"{name} {_shown(value)}" for name, value in numbers.items() if not name.startswith(SKILL)]
+        lines.append(f"| {phase} | {', '.join(told)} |")
+    lines += ["", f"The share of {card['phases']['unet']['settings'].get('examined')} pictures that follow their prompts:", ""]
+    lines += ["| skill | right |", "| --- | ---: |"]
+    skills = card["phases"]["unet"]["figures"].items()
+    lines += [f"| {name.removeprefix(SKILL)} | {value:.2f} |" for name, value in skills if name.startswith(SKILL)]
     return "\n".join(lines) + "\n"
 
 
+def _shown(value: float) -> str:
+    """Counts in full, shares and measures to four digits."""
+    return f"{value:,.0f}" if value == int(value) and abs(value) > 1 else f"{value:.4g}"
+
+
 def _made_by(card: dict[str, Any]) -> list[str]:
-    """The commands, the first one first."""
-    lines = [f"by `{card['command']}`"]
-    while "began_from" in card:
-        card = card["began_from"]
-        lines.insert(0, f"by `{card['command']}`")
-    return [f"Made {line};" if number == 0 else f"its U-Net went on {line};" for number, line in enumerate(lines)]
+    """The commands, the first one first. A note says where a command was not followed to the letter; a person writes it."""
+    cards = [card]
+    while "began_from" in cards[0]:
+        cards.insert(0, cards[0]["began_from"])
+    begins = ["Made", *["its U-Net went on"] * (len(cards) - 1)]
+    notes = [f" ({one['note'].rstrip('.')})" if "note" in one else "" for one in cards]
+    return [f"{begin} by `{one['command']}`{note};" for begin, one, note in zip(begins, cards, notes)]

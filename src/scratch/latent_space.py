@@ -41,12 +41,12 @@ def run(tool: str, typed: dict[str, Any], terminal: Terminal) -> int:
         sheet = between_pictures(read_vae(folder), *_read(pictures, folder), count)
     elif tool == "interpolate":
         raise usage_error("interpolate takes two --prompt or two --picture")
-    elif not pictures or prompts:
-        raise usage_error(f"{tool} takes --picture FILE")
+    elif not pictures or (tool == "around" and len(pictures) > 1):
+        raise usage_error(f"{tool} takes {'one ' if tool == 'around' else ''}--picture FILE")
     elif tool == "reconstruct":
         sheet = reconstructions(read_vae(folder), _read(pictures, folder), terminal)
     else:
-        sheet = around(read_vae(folder), _read(pictures[:1], folder)[0], count, seed)
+        sheet = around(read_vae(folder), _read(pictures, folder)[0], count, seed)
     print(save_picture(sheet, files.check_writable_folder(Path(typed.get("out", "outputs")).expanduser()), tool))
     return ExitCode.OK
 

@@ -37,14 +37,14 @@ from src import diffusion, native
 from src.checkpoints import CheckpointFolder, read_manifest
 from src.cpu_kernels import CpuAttention, is_plain
 from src.diffusion import NoiseSchedule
-from src.errors import UserError, refused, usage_error
+from src.errors import UserError, refused
 from src.evaluation.checking import check
 from src.evaluation.skills import Judged, Scores, choose
 from src.images import contact_sheet, encode_png
 from src.scenes.drawing import shapes_map
 from src.scenes.grammar import SHAPES
 from src.scratch import clip, phase_report, vae
-from src.scratch.card import BEGAN_FROM, SAMPLES, check_begin, files_of
+from src.scratch.card import BEGAN_FROM, SAMPLES, SKILL, check_begin, files_of
 from src.scratch.learning import Lesson, device_of, learn, precision_of
 from src.scratch.muon import has_fast_bf16
 from src.scratch.phases import Work
@@ -120,25 +120,19 @@ def build(settings: UnetSettings, text_width: int, latents: tuple[int, int]) -> 
 def begin(unet: UNet2DConditionModel, work: Work, settings: UnetSettings) -> tuple[int, dict[str, bytes]]:
     """Take over the weights of an assembled model, if one is named.
 
-    Returns how many samples they were learnt from, and a file that says where they come from. Raises UserError: not found or
-    refused for a folder that was not assembled, usage for a U-Net of another build, or learnt with others than ``work`` holds.
+    Returns how many samples they were learnt from, and a file that says where they come from. Raises UserError as
+    `check_begin`, and refused for weights that are damaged.
     """
     if settings.begin_from is None:
         return 0, {}
     model = Path(settings.begin_from).expanduser()
-    card = check_begin(model, settings)
-    for phase in ("tokenizer", "vae", "clip"):
-        learnt_with, here = files_of(model, card, phase), work.result(phase)
-        if any(name not in here.files or here.read(name) != data for name, data in learnt_with.items()):
-            raise usage_error(
-                f"{model}: its U-Net was learnt with another {phase} than {work.of(phase)}; unpack it into a new --work folder"
-            )
+    card = check_begin(model, settings, work)
     try:
         unet.load_state_dict(safetensors.torch.load(files_of(model, card, "unet")[WEIGHTS]))
     except (RuntimeError, KeyError, safetensors.SafetensorError):
         raise refused(f"{model}: its U-Net is damaged; assemble the model again") from None
     before = {"command": card["command"], "unet": card["phases"]["unet"]}
-    before |= {"began_from": card["began_from"]} if "began_from" in card else {}
+    before |= {name: card[name] for name in ("note", "began_from") if name in card}
     return int(card["phases"]["unet"]["figures"]["samples"]), {BEGAN_FROM: json.dumps(before, indent=2).encode()}
 
 
@@ -311,7 +305,7 @@ def examine(
     shares = Scores(tuple(judged)).skills
     every = range(0, len(scenes), math.ceil(len(scenes) / SHOWN))
     picture = sheet([shown[index] for index in every], [scenes[index].caption for index in every])
-    figures = {f"adherence, {skill}": share.value for skill, share in shares.items() if share.value is not None}
+    figures = {f"{SKILL}{skill}": share.value for skill, share in shares.items() if share.value is not None}
     return figures, encode_png(picture, {})
 
 
