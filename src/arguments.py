@@ -67,7 +67,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
     ),
     "start from a picture": (
         Flag(("--init-image", "-i"), "draw over this picture", metavar="FILE", in_jobs=True),
-        Flag(("--strength",), "how much is redrawn: near 0 keeps the picture, 1 ignores it", "generation.strength", float, "X", in_jobs=True),
+        Flag(("--strength",), "how much is redrawn: near 0 keeps the picture, 1 hardly anything of it", "generation.strength", float, "X", in_jobs=True),
         Flag(("--mask",), "repaint only where this picture is white", metavar="FILE", in_jobs=True),
         Flag(("--from-image",), "draw a picture again from the recipe it carries; other flags win", metavar="FILE"),
     ),
@@ -108,7 +108,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
     ),
     "many jobs": (
         Flag(("--prompts",), "a job a line: a prompt, or flags such as --prompt \"a cat\" --seed 7; '-' reads stdin", metavar="FILE"),
-        switch("--redo", "draw jobs again that an earlier run finished"),
+        switch("--redo", "draw jobs again that an earlier run finished; after an interruption go on without it"),
     ),
     "configuration": (
         Flag(("--config",), "preset or YAML file; may be repeated, the later wins", metavar="NAME|FILE", repeat=True),
@@ -172,6 +172,9 @@ def settle(typed: dict[str, Any]) -> dict[str, Any]:
     """Flags that mean several settings, as those settings; ``typed`` is changed. Raises UserError (usage)."""
     _settle_mode(typed)
     if "size" in typed:
+        for name in ("width", "height"):
+            if f"generation.{name}" in typed:
+                raise usage_error(f"--size {typed['size']} and --{name} say the same; give one of them")
         typed |= _parse_size(typed.pop("size"))
     if "guidance_interval" in typed:
         typed |= _parse_interval(typed.pop("guidance_interval"))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from src.arguments import build_config, help_text, parse_arguments
 from src.config import AppConfig
 from src.doors import answer, guard
-from src.errors import ExitCode, UserError
+from src.errors import ExitCode, UserError, usage_error
 from src.processes import Processes, is_one_of_many_wanted
 from src.schedulers import list_schedulers
 from src.terminal import Terminal
@@ -41,6 +41,8 @@ def _run(argv: Sequence[str], terminal: Terminal) -> int:
     if recipe is not None:
         typed = recipe_orders.follow_recipe(recipe, typed, config, terminal.say)
     if "estimate_vram" in typed:
+        if "prompts" in typed:
+            raise usage_error("--estimate-vram is for one request; leave out --prompts, and give the size of the largest job")
         from src.estimate import estimate
 
         answer = estimate(config, orders.read_request(config, {"prompt": "-", **typed}, terminal.say))
@@ -50,6 +52,8 @@ def _run(argv: Sequence[str], terminal: Terminal) -> int:
     orders.check_sharing(typed, together)
     jobs, before = orders.share(orders.read_jobs(typed, config, terminal.say), together)
     wishes = replace(orders.check_surroundings(typed, config, together), first_number=before)
+    if "redo" in typed and wishes.journal is not None:
+        wishes.journal.forget({job.id: job.pictures for job in jobs if job.request is not None})
     if is_one_of_many_wanted():
         terminal.say("share   accelerate started one process alone; --multi_gpu starts as many as are asked for, on a CPU, too")
     together.end_with_launcher()

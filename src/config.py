@@ -72,7 +72,7 @@ class GenerationConfig:
     batch_size: int = 1
     clip_skip: int = 1  # A1111's count: 1 is the last layer, 2 the one before
     prompt_weights: bool = True  # A1111 grammar: (a:1.3), [a], BREAK
-    strength: float = 0.6  # image to image: near 0 keeps the picture, 1 ignores it
+    strength: float = 0.6  # image to image: near 0 keeps the picture, 1 hardly anything of it
 
     # Faster, for a price in likeness to what would have been drawn without.
     deep_cache: int = 1  # one call of the U-Net in so many is whole, the others run its outermost layers

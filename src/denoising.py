@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -28,6 +28,7 @@ from src.token_merging import merge_tokens
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 
+    from src.recipe import PictureRef
     from src.request import PictureRequest
 
 _PIPELINES = {
@@ -50,6 +51,7 @@ class Start:
 
     image: Image.Image  # RGB
     mask: Image.Image | None = None  # L, white is repainted
+    refs: Mapping[str, PictureRef] = field(default_factory=dict)  # both as they were read, by their names in a recipe
 
 
 class NotFinite(ArithmeticError):
@@ -203,12 +205,25 @@ def estimate_clean(scheduler: SchedulerMixin, prediction: torch.Tensor, timestep
     return (sample - (1 - a) ** 0.5 * prediction) / a**0.5
 
 
+def is_guided(pipeline: DiffusionPipeline, request: PictureRequest) -> bool:
+    """Whether the U-Net draws the negative prompt's half beside the prompt's; it is diffusers' condition."""
+    return request.guidance_scale > 1 and pipeline.unet.config.time_cond_proj_dim is None
+
+
+def idle_settings(pipeline: DiffusionPipeline, request: PictureRequest) -> list[str]:
+    """A line for each setting that this model has no use for; of those that none has, the request itself knows."""
+    if request.guidance_scale <= 1 or is_guided(pipeline, request):
+        return []
+    why = "this U-Net is told the guidance scale, and draws the prompt alone"
+    return [f"{name} does nothing: {why}" for name in request.needing_guidance]
+
+
 @contextlib.contextmanager
 def _shortcuts(pipeline: DiffusionPipeline, request: PictureRequest) -> Iterator[None]:
     """What the request saves of the U-Net's work, for one batch. Each is hooks, which go around offloading and adapters."""
     unet, handles = pipeline.unet, []
     try:
-        if request.guidance_scale > 1 and unet.config.time_cond_proj_dim is None:  # diffusers' condition for two halves
+        if is_guided(pipeline, request):
             timesteps = pipeline.scheduler.config.num_train_timesteps
             handles += limit_guidance(unet, request.guidance_start, request.guidance_end, timesteps)
         handles += merge_tokens(unet, request.token_merging)
@@ -244,7 +259,23 @@ def _as_mode(pipeline: DiffusionPipeline, mode: str) -> DiffusionPipeline:
     if type(pipeline) is kind:
         return pipeline
     extra = {} if is_sdxl else {"requires_safety_checker": False}
-    return kind(**pipeline.components, **extra)
+    made = kind(**pipeline.components, **extra)
+    if mode == "inpaint":
+        _mend_encoding(made)
+    return made
+
+
+def _mend_encoding(pipeline: DiffusionPipeline) -> None:
+    """What diffusers encodes for a U-Net of 9 channels, in the VAE's own precision, and noticed where it holds no numbers."""
+    encode_image = pipeline._encode_vae_image
+
+    def mended(image: torch.Tensor, generator: Any) -> torch.Tensor:
+        latents = encode_image(image.to(pipeline.vae.dtype), generator).to(image.dtype)
+        if not torch.isfinite(latents).all():
+            raise VaeNotFinite("the VAE's encoding")
+        return latents
+
+    pipeline._encode_vae_image = mended
 
 
 def _start_arguments(

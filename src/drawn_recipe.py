@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from src import files, optimizations
 from src.config import GenerationConfig
-from src.named_files import tensors_sha256
 from src.recipe import LoraRef, ModelRef, PictureRef, Recipe
 from src.request import PictureRequest
 from src.schedulers import find_sampler
@@ -35,8 +34,12 @@ def describe_picture(
     plan: Plan,
     config: AppConfig,
     time_s: float,
+    refs: Mapping[str, PictureRef],
 ) -> Recipe:
-    """The recipe of one picture; ``request`` is that picture's own: its seed, its prompt with wildcards filled in."""
+    """The recipe of one picture; ``request`` is that picture's own: its seed, its prompt with wildcards filled in.
+
+    Nothing is read for it but what `refs` (init_image, mask) and ``attached`` hold: a file may be gone or another by now.
+    """
     configured = {name: section for name, section in config.to_dict().items() if name != "paths"}
     configured["generation"] = {item.name: getattr(request, item.name) for item in fields(GenerationConfig)}
     configured["generation"]["num_images"] = 1  # with how many others it was drawn depends on who shares the work
@@ -57,8 +60,8 @@ def describe_picture(
         guidance_start=request.guidance_start,
         guidance_end=request.guidance_end,
         strength=None if request.init_image is None else request.strength,
-        init_image=_picture_ref(request.init_image),
-        mask=_picture_ref(request.mask_image),
+        init_image=refs.get("init_image"),
+        mask=refs.get("mask"),
         model=ModelRef(model.name, model.family, weights_sha256),
         vae=ModelRef(model.vae_name, model.family, None) if model.vae_name else None,
         loras=tuple(_lora_ref(item) for item in attached),
@@ -77,16 +80,11 @@ def describe_picture(
 
 def _lora_ref(item: Attached) -> LoraRef:
     adapter, report = item.adapter, item.report
-    # A1111 knows a LoRA by the hash of its tensors; a folder of several files has none.
-    tensors = tensors_sha256(adapter.files[0]) if len(adapter.files) == 1 else None
-    return LoraRef(adapter.name, item.choice.weight, adapter.sha256, report.matched, report.total, tensors)
+    return LoraRef(adapter.name, item.choice.weight, adapter.sha256, report.matched, report.total, adapter.tensors_sha256)
 
 
-def _picture_ref(picture: Path | Image.Image | None) -> PictureRef | None:
-    if picture is None:
-        return None
-    return (
-        PictureRef(picture.name, files.sha256_of(picture))
-        if isinstance(picture, Path)
-        else PictureRef("picture in memory", None)
-    )
+def picture_ref(picture: Path | Image.Image) -> PictureRef:
+    """A picture or mask as a recipe names it, by its content now. Raises UserError: not found, refused."""
+    if isinstance(picture, Path):
+        return PictureRef(picture.name, files.sha256_of(picture))
+    return PictureRef("picture in memory", None)

@@ -12,10 +12,11 @@ from src.errors import not_found, refused
 from src.measured_peaks import MeasuredPeaks, peak_key
 from src.memory_plan import WINDOWS_RESERVE_BYTES
 from src.memory_prediction import GIB
+from src.named_files import NamedFiles, adapter_weights
 from src.plan_report import table
 from src.prompts import extract_loras
-from src.request import LoraChoice, PictureRequest
-from src.tensor_files import missing, read_header, refuse_pickle
+from src.request import PictureRequest
+from src.tensor_files import read_header
 
 
 @dataclass(frozen=True)
@@ -155,18 +156,14 @@ def find_place(config: AppConfig) -> Place:
 
 
 def _adapter_files(config: AppConfig, request: PictureRequest) -> list[Path]:
-    """The files of all adapters, those that the prompt names included; refused when their tensors are no LoRA's."""
-    named = (LoraChoice.named(config.paths.folder("lora"), tag.name) for tag in extract_loras(request.prompt)[1])
+    """The weights of all adapters, those that the prompt names included; refused when their tensors are no LoRA's."""
+    named = NamedFiles(config.paths.folder("lora"), config.paths.folder("cache") / "hashes.json")
+    tagged = (named.tagged(tag.name) for tag in extract_loras(request.prompt)[1])
     files: list[Path] = []
-    for path in (choice.path for choice in (*request.loras, *named)):
-        refuse_pickle(path)
-        if not path.exists():
-            raise missing(path)
-        found = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
-        if not found:
-            raise not_found(f"{path}: holds no LoRA (.safetensors); check the path")
-        for file in found:
-            if not any("lora" in name for name in read_header(file).tensors):
-                raise refused(f"{file}: belongs to no LoRA format that is read (diffusers, PEFT, kohya); name a LoRA file")
-        files += found
+    for path in {path.resolve(): path for path in (*(choice.path for choice in request.loras), *tagged)}.values():
+        named.check_adapter(path)
+        files += adapter_weights(path)
+    for file in files:
+        if not any("lora" in name for name in read_header(file).tensors):
+            raise refused(f"{file}: belongs to no LoRA format that is read (diffusers, PEFT, kohya); name a LoRA file")
     return files

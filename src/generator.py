@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from src import base_models, conditioning, denoising, files, images, model_shapes, optimizations, prompts
+from src import base_models, conditioning, denoising, files, images, model_shapes, model_source, optimizations, prompts
 from src.config import AppConfig, ModelConfig, check_types
-from src.drawn_recipe import describe_picture
+from src.drawn_recipe import describe_picture, picture_ref
 from src.errors import usage_error
 from src.lora.shelf import LoraShelf, last_of_each
 from src.lora.stack import AdapterStack, LoraReport
@@ -82,6 +82,9 @@ class TextToImageGenerator:
         shapes = model_shapes.read_shapes(model.config_folder)
         seconds = time.monotonic() - started
         self.say(f"model   {model.name} ({model.family}), {model.precision} on {model.device}, {seconds:.1f} s")
+        unused = base_models.idle_card(self.config.model.device, model.device)
+        for line in [*([unused] if unused else []), *model_source.idle_settings(self.config.model)]:
+            self.say(f"idle    {line}")
         memory = MemoryLadder(model, shapes, self.config, lambda: self._shelf.files() if self._shelf else [], self.say)
         request = PictureRequest.from_config(self.config.generation, prompt="-")
         memory.place(request)
@@ -207,6 +210,8 @@ class TextToImageGenerator:
         model = self.model
         if model.pipeline.unet.config.in_channels == 9 and request.mode != "inpaint":
             raise usage_error(f"{model.name} is an inpainting model; give it a picture with --init-image and a --mask")
+        for line in denoising.idle_settings(model.pipeline, request):
+            self.say(f"idle    {line}")
         start, (width_px, height_px) = self._read_start(request)
         request = replace(request, width=width_px, height=height_px)
         if self._memory.may_return(request):
@@ -276,7 +281,9 @@ class TextToImageGenerator:
             return replace(before, seed=seed, prompt=prompt)
         self._use(loras, request)  # adapters change the text encoders, too
         options = {"clip_skip": request.clip_skip, "weighted": request.prompt_weights}
-        encoded = self._memory.within(request, lambda: conditioning.encode(self._model.pipeline, text, negative, **options))
+        # A negative prompt that is not drawn must not fill the prompt up to its own length, which would change the picture.
+        away = negative if denoising.is_guided(self._model.pipeline, request) else ""
+        encoded = self._memory.within(request, lambda: conditioning.encode(self._model.pipeline, text, away, **options))
         return Task(seed, prompt, text, negative, loras, encoded)
 
     def _draw_batch(
@@ -297,7 +304,8 @@ class TextToImageGenerator:
                 picture = denoising.keep_outside_mask(picture, start)
             own = replace(request, seed=task.seed, prompt=task.prompt, negative_prompt=task.negative)
             time_s = seconds + time.monotonic() - started
-            drawn = describe_picture(memory.model, self.weights_sha256(), own, attached, memory.plan, self.config, time_s)
+            refs = start.refs if start is not None else {}
+            drawn = describe_picture(memory.model, self.weights_sha256(), own, attached, memory.plan, self.config, time_s, refs)
             choice = find_sampler(request.scheduler)
             picture.info = to_text_chunks(drawn, choice.sampler.label, choice.schedule_label) | {"drawn": drawn}
             if task is batch[-1]:
@@ -309,7 +317,12 @@ class TextToImageGenerator:
     ) -> torch.Tensor:
         """One batch through the U-Net: latents (B, 4, h, w)."""
         model = self._model
-        model.pipeline.scheduler = build_scheduler(find_sampler(request.scheduler), model.scheduler_config)
+        schedule = model.scheduler_config
+        if schedule.get("prediction_type") == "v_prediction" and any(
+            item.adapter.has_zero_terminal_snr for item in self._shelf.attached
+        ):
+            schedule = schedule | {"rescale_betas_zero_snr": True}  # that on which the adapter was learnt
+        model.pipeline.scheduler = build_scheduler(find_sampler(request.scheduler), schedule)
         conditionings = [task.conditioning.to(model.device, model.dtype) for task in batch]  # on the last rung, elsewhere
 
         def run() -> torch.Tensor:
@@ -356,6 +369,8 @@ class TextToImageGenerator:
         native_px = self._model.native_size_px
         if request.init_image is None:
             return None, (request.width or native_px, request.height or native_px)
+        named = {"init_image": request.init_image, "mask": request.mask_image}
+        refs = {name: picture_ref(image) for name, image in named.items() if image is not None}
         picture, mask = (
             read(image) if isinstance(image, Path) else image
             for read, image in ((images.read_image, request.init_image), (images.read_mask, request.mask_image))
@@ -368,7 +383,8 @@ class TextToImageGenerator:
         if picture.size != size_px:
             self.say(f"start   {picture.width}x{picture.height} picture scaled and cropped to {size_px[0]}x{size_px[1]}")
         fitted = images.fit_to(picture.convert("RGB"), *size_px)
-        return denoising.Start(fitted, images.fit_to(mask.convert("L"), *size_px) if mask is not None else None), size_px
+        hole = images.fit_to(mask.convert("L"), *size_px) if mask is not None else None
+        return denoising.Start(fitted, hole, refs), size_px
 
 
 def _report_step(

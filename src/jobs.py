@@ -6,10 +6,10 @@ import glob
 import hashlib
 import json
 import shlex
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from src.errors import refused, usage_error
 from src.files import append_line, require_file, sha256_of
@@ -88,10 +88,12 @@ def job_id(settings: Mapping[str, Any], occurrence: int) -> str:
     return hashlib.sha256(document.encode()).hexdigest()[:16]
 
 
-@dataclass(slots=True)
-class _Progress:
-    seed: int
-    files: dict[int, list[tuple[str, str | None]]] = field(default_factory=dict)  # picture index -> names, SHA-256 if announced
+class _Entry(NamedTuple):
+    """One line of the journal about a picture of a job."""
+
+    file: str
+    seed: int  # the job's
+    sha256: str | None  # of a picture that was only announced
 
 
 class Journal:
@@ -99,7 +101,8 @@ class Journal:
 
     Before that a line with its SHA-256 announces it: after a kill between the two, the file is known by its content.
 
-    A line says ``{"job": ..., "index": ..., "seed": ..., "file": ...}``. Lines that are torn or not ours do not count.
+    A line says ``{"job": ..., "index": ..., "seed": ..., "file": ...}``, or ``{"forgotten": [[job, index, file], ...]}`` of
+    what is to be drawn again. Lines that are torn or not ours do not count.
     Each of several processes writes a file of its own, because lines that two machines append to one file of a network
     drive can fall on each other; all of them are read.
     """
@@ -110,7 +113,8 @@ class Journal:
         ``process`` writes to ``path`` itself if it is 0, else to ``STEM-process.SUFFIX`` beside it.
         """
         self.path = path.with_name(f"{path.stem}-{process}{path.suffix}") if process else path
-        self._jobs: dict[str, _Progress] = {}
+        self._jobs: dict[str, dict[int, list[_Entry]]] = {}
+        self._forgotten: set[tuple[str, int, str]] = set()
         others = path.parent.glob(f"{glob.escape(path.stem)}-[0-9]*{glob.escape(path.suffix)}")
         for written in [path, *sorted(others)]:
             for line in _read_file(written).split(b"\n") if written.exists() else ():
@@ -118,8 +122,7 @@ class Journal:
 
     def finished(self, job: str, index: int) -> Path | None:
         """The file of a job's picture if it was finished and is still there."""
-        progress = self._jobs.get(job)
-        for name, sha256 in reversed(progress.files.get(index, ()) if progress else ()):
+        for name, _, sha256 in reversed(self._entries(job, index)):
             path = self.path.parent / name
             if path.is_file() and sha256 in (None, sha256 and sha256_of(path)):
                 return path
@@ -127,8 +130,21 @@ class Journal:
 
     def seed_of(self, job: str) -> int | None:
         """The seed that an earlier run drew for a job, so that its other pictures belong to those that are there."""
-        progress = self._jobs.get(job)
-        return progress.seed if progress else None
+        return next((entry.seed for index in self._jobs.get(job, ()) for entry in self._entries(job, index)), None)
+
+    def forget(self, pictures: Mapping[str, Iterable[int]]) -> None:
+        """Note that these pictures, job -> indices, are to be drawn again; their files stay. Raises UserError (disk).
+
+        Files are named one by one: those that another process or a later run makes of the same picture count.
+        """
+        old = [(job, at, entry.file) for job, indices in pictures.items() for at in indices for entry in self._entries(job, at)]
+        if old:
+            append_line(self.path, json.dumps({"forgotten": old}))
+            self._forgotten.update(old)
+
+    def _entries(self, job: str, index: int) -> list[_Entry]:
+        entries = self._jobs.get(job, {}).get(index, ())
+        return [entry for entry in entries if (job, index, entry.file) not in self._forgotten]
 
     def announce(self, job: str, index: int, path: Path, seed: int, data: bytes) -> None:
         """Note that ``data`` is about to become the file ``path``, unless another process takes that name first."""
@@ -148,10 +164,13 @@ class Journal:
     def _remember(self, line: bytes) -> None:
         try:
             entry = json.loads(line)
+            if "forgotten" in entry:
+                self._forgotten.update(map(tuple, entry["forgotten"]))
+                return
             job, index, seed, name = (entry[key] for key in ("job", "index", "seed", "file"))
             sha256 = entry.get("sha256")
         except (ValueError, TypeError, LookupError, RecursionError):
             return
         is_ours = isinstance(job, str) and type(index) is int and type(seed) is int and isinstance(name, str)
         if is_ours and index >= 0 and seed >= 0 and name not in {".", ".."} and not set(name) & set("/\\\0"):
-            self._jobs.setdefault(job, _Progress(seed)).files.setdefault(index, []).append((name, sha256))
+            self._jobs.setdefault(job, {}).setdefault(index, []).append(_Entry(name, seed, sha256))

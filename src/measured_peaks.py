@@ -47,12 +47,6 @@ class MeasuredPeaks:
         entries = self._read()
         self._write(entries | {key: entries.pop(key, {}) | {placement: peak_bytes}})  # the newest last
 
-    def forget(self, key: str, placement: str) -> None:
-        """Predict again from now on."""
-        entries = self._read()
-        if entries.get(key, {}).pop(placement, None) is not None:
-            self._write(entries)
-
     def _write(self, entries: dict[str, dict[str, int]]) -> None:
         newest = dict(list(entries.items())[-MAX_ENTRIES:])
         with contextlib.suppress(UserError, OSError):  # a cache that cannot be written costs a prediction, not the picture

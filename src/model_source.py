@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from src.config import preset_names
+from src.config import ModelConfig, preset_names
 from src.errors import ExitCode, UserError, not_found, refused
-from src.model_files import EMBEDDED, OF_SAFETY_CHECKER, WEIGHT_STEMS, check_folder, select_weights, vae_folder
+from src.model_files import CLASSES, EMBEDDED, OF_SAFETY_CHECKER, WEIGHT_STEMS, check_folder, select_weights, vae_folder
 from src.tensor_files import quoted, refuse_pickle
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -49,6 +49,36 @@ def resolve(
 def resolve_vae(vae: str, cache: Path, offline: bool) -> Source:
     """Find a VAE as ``resolve`` finds a model: a folder (its own, or a model's with a ``vae`` inside), a file or a hub id."""
     return _resolve(vae, cache, offline, None, vae_folder)
+
+
+def files_of(model_id: str) -> list[Path]:
+    """What decides how a model of this disk draws: its file, or its folder's weights, configurations and vocabularies.
+
+    Empty for one of the hub, where name and revision say it. The safety checker is left out.
+    """
+    path = _place(model_id)
+    if not path.is_dir():
+        return [path] if path.is_file() else []
+    parts = [_component_files(name, path / name) for name in CLASSES if name not in OF_SAFETY_CHECKER]
+    return [*path.glob("model_index.json"), *(file for part in parts for file in part)]
+
+
+def vae_files_of(vae: str) -> list[Path]:
+    """The same of a VAE: a file, its own folder, or a model's with a ``vae`` inside."""
+    path = _place(vae)
+    if not path.is_dir():
+        return [path] if path.is_file() else []
+    return _component_files("vae", path / "vae" if (path / "vae").is_dir() else path)
+
+
+def idle_settings(model: ModelConfig) -> list[str]:
+    """A line for each setting that this kind of model has no use for."""
+    path, lines = _place(model.model_id), []
+    if model.revision and path.exists():
+        lines.append(f"the revision does nothing: {model.model_id} lies on this disk, and only the hub has revisions")
+    if model.architecture and not path.is_file():
+        lines.append(f"the architecture does nothing: {model.model_id} is no single file, and brings configurations of its own")
+    return lines
 
 
 def start_reading(source: Source, in_half_precision: bool, include_safety_checker: bool = True) -> list[Path]:
@@ -99,6 +129,18 @@ def user_cache() -> Path:
     """The user's ordinary Hugging Face cache, found by the variables and in the order of huggingface_hub."""
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     return Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")))
+
+
+def _place(name: str) -> Path:
+    """Where a model or VAE of that name lies, if it is a path or the embedded model."""
+    return EMBEDDED if name == "embedded" else Path(os.path.expanduser(name))
+
+
+def _component_files(component: str, folder: Path) -> list[Path]:
+    names, weights = os.listdir(folder) if folder.is_dir() else [], set()
+    if component in WEIGHT_STEMS:  # in full and in half precision: which of them is loaded is the machine's affair
+        weights = {name for half in (True, False) for name in select_weights(component, names, half)[0]}
+    return sorted(folder / name for name in names if name in weights or name.endswith((".json", ".txt")))
 
 
 def _resolve(model_id: str, cache: Path, offline: bool, revision: str | None, check: Callable[[Path], object]) -> Source:

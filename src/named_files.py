@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from src import files, images
@@ -44,7 +45,7 @@ class NamedFiles:
         refuse_pickle(path)
         if not path.exists():
             raise missing(path)
-        weights = [file for file in adapter_files(path) if file.name != _PEFT_SETTINGS]
+        weights = adapter_weights(path)
         for file in weights or path.iterdir():
             refuse_pickle(file)
         if not weights:
@@ -60,8 +61,12 @@ class NamedFiles:
         return self._sha256[path]
 
     def adapter_sha256(self, path: Path) -> str:
-        """SHA-256 of an adapter, as recipes hold it: of its file or, for several, of their sorted hashes."""
-        hashes = sorted(self.sha256(file) for file in adapter_files(path))
+        """SHA-256 of an adapter, as recipes hold it."""
+        return self.joint_sha256(adapter_files(path))
+
+    def joint_sha256(self, paths: Iterable[Path]) -> str:
+        """SHA-256 of a file or, for several, of their sorted hashes."""
+        hashes = sorted(map(self.sha256, paths))
         return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
@@ -76,6 +81,11 @@ def adapter_files(path: Path) -> list[Path]:
     if settings:
         return [file for item in settings for file in (item.with_name(_PEFT_FILE), item)]
     return sorted(path.glob("*.safetensors"))
+
+
+def adapter_weights(path: Path) -> list[Path]:
+    """Those of its files that hold tensors."""
+    return [file for file in adapter_files(path) if file.name != _PEFT_SETTINGS]
 
 
 def tensors_sha256(path: Path) -> str:

@@ -7,7 +7,7 @@ import importlib.util
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -18,12 +18,15 @@ from src.errors import UserError, usage_error
 from src.jobs import STDIN, Journal, job_id, read_job_lines, source_name, split_flags
 from src.named_files import NamedFiles
 from src.processes import ALONE, Processes
-from src.prompts import clean_prompt, expand_wildcards, extract_loras, unsupported_syntax
+from src.prompts import clean_prompt, expand_wildcards, extract_loras, unsupported_syntax, wildcard_files
 from src.request import LoraChoice, PictureRequest
 from src.session import Job, Wishes
 
 JOURNAL = ".finished.jsonl"
-_LATER = {"quantize": None, "deep_cache": 1, "token_merging": 0.0, "guidance_start": 0.0, "guidance_end": 1.0}
+_LATER = {
+    "quantize": None, "deep_cache": 1, "token_merging": 0.0, "guidance_start": 0.0, "guidance_end": 1.0,
+    "wildcards_sha256": {},
+}  # fmt: skip
 _SHORT_FLAGS = frozenset(name for name in FLAG_OF if not name.startswith("--"))
 
 Say = Callable[[str], None]
@@ -59,7 +62,7 @@ def read_request(config: AppConfig, typed: dict[str, Any], say: Say, named: Name
     if request.prompt_weights and (message := unsupported_syntax(request.prompt)):
         say(f"prompt  {message}")
     for line in request.idle_settings:
-        say(f"faster  {line}")
+        say(f"idle    {line}")
     return request
 
 
@@ -71,8 +74,22 @@ def _tagged_loras(request: PictureRequest, config: AppConfig) -> list[str]:
     return [tag.name for tag in extract_loras(prompt)[1]]
 
 
-def job_settings(request: PictureRequest, config: AppConfig, named: NamedFiles) -> dict[str, Any]:
-    """What decides how a job's pictures look, for its id: files by their content. Another batch size draws the same."""
+def weights_here(config: AppConfig, named: NamedFiles) -> dict[str, str]:
+    """SHA-256 of a model and a VAE that lie on this disk: their names stay when they are trained on.
+
+    Not their time of change, which another machine's copy does not share; remembered, so that it is read once.
+    """
+    found = {"model_sha256": model_source.files_of(config.model.model_id)}
+    if config.model.vae:
+        found["vae_sha256"] = model_source.vae_files_of(config.model.vae)
+    return {name: named.joint_sha256(paths) for name, paths in found.items() if paths}
+
+
+def job_settings(request: PictureRequest, config: AppConfig, named: NamedFiles, weights: Mapping[str, str]) -> dict[str, Any]:
+    """What decides how a job's pictures look, for its id: files by their content. Another batch size draws the same.
+
+    ``weights`` are those of ``weights_here``.
+    """
     paths = {"init_image": request.init_image, "mask_image": request.mask_image}
     settings = {item.name: getattr(request, item.name) for item in fields(request) if item.name not in ("batch_size", "loras")}
     settings |= {name: path and named.sha256(path) for name, path in paths.items()}
@@ -80,6 +97,11 @@ def job_settings(request: PictureRequest, config: AppConfig, named: NamedFiles) 
     settings["tagged"] = [[name, named.adapter_sha256(named.tagged(name))] for name in _tagged_loras(request, config)]
     model = config.model
     settings |= {name: getattr(model, name) for name in ("model_id", "revision", "vae", "architecture", "precision")}
+    settings |= weights
+    if request.wildcards:
+        texts = clean_prompt(f"{request.prompt}\n{request.negative_prompt}")
+        options = wildcard_files(texts, config.paths.folder("wildcards"))
+        settings["wildcards_sha256"] = {name: named.sha256(path) for name, path in options.items()}
     settings["safety_checker"] = not config.optimization.disable_safety_checker
     settings["quantize"] = config.optimization.quantize
     # Left out where they are not asked for: jobs that an earlier version finished keep their ids.
@@ -95,11 +117,13 @@ def read_jobs(typed: dict[str, Any], config: AppConfig, say: Say) -> list[Job]:
         return [Job(read_request(config, typed, say))]
     if "prompt" in typed:
         raise usage_error("a prompt and --prompts FILE are given; the file's lines are the prompts, so leave the other out")
+    lines = read_job_lines(typed["prompts"], sys.stdin)
     jobs, seen, named = [], Counter(), named_files(config)
-    for line in read_job_lines(typed["prompts"], sys.stdin):
+    weights = weights_here(config, named)
+    for line in lines:
         try:
             request = _read_job(line.text, typed, config, lambda text, number=line.number: say(f"line {number}: {text}"), named)
-            settings = job_settings(request, config, named)
+            settings = job_settings(request, config, named, weights)
         except UserError as error:
             jobs.append(Job(error=error, line=line.number))
             continue
@@ -177,7 +201,7 @@ def check_surroundings(typed: dict[str, Any], config: AppConfig, processes: Proc
     if model.vae:
         model_source.resolve_vae(model.vae, cache, model.offline)
     journal = None
-    if "prompts" in typed and "redo" not in typed:
+    if "prompts" in typed:
         journal = Journal(folder / JOURNAL, processes.index)
     return Wishes(
         folder,

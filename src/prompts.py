@@ -6,6 +6,7 @@ it means there. Order of use: ``clean_prompt``, ``expand_wildcards``, ``extract_
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import random
@@ -268,6 +269,19 @@ def expand_wildcards(prompt: str, seed: int, folder: Path) -> str:
     lies outside ``folder``, usage for files that name themselves without end.
     """
     return _WildcardExpander(random.Random(seed), folder).expand(prompt)
+
+
+def wildcard_files(prompt: str, folder: Path) -> dict[str, Path]:
+    """Name -> file of all that ``expand_wildcards`` may read for a prompt, whatever the seed; without what cannot be read."""
+    found: dict[str, Path] = {}
+    texts = [prompt]
+    while texts:
+        names = (match["name"] for match in _WILDCARD.finditer(texts.pop()))
+        for name in {name for name in names if name} - found.keys():
+            with contextlib.suppress(UserError):
+                texts += _read_wildcard_file(folder, name)
+                found[name] = safe_join(folder, f"{name}.txt")
+    return found
 
 
 @dataclass(slots=True)

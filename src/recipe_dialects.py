@@ -260,12 +260,17 @@ _A1111_READ = {
     *("Model", "Model hash", "VAE", "VAE hash", "Lora hashes", "Emphasis", "Hashes", "Version", "User"),
     *("Token merging ratio", "DeepCache", "Guidance interval"),
 }
+_AUTOMATIC = {  # A1111's own schedule of a sampler since 1.9, where it is not the plain one: modules/sd_samplers_kdiffusion.py
+    **dict.fromkeys(("DPM++ 2M", "DPM++ SDE", "DPM++ 2S a", "DPM2", "DPM2 a"), "Karras"),
+    **dict.fromkeys(("DPM++ 2M SDE", "DPM++ 2M SDE Heun", "DPM++ 3M SDE"), "Exponential"),
+}
 
 
 def read_infotext(text: str) -> ParsedRecipe | None:
     """Read A1111's ``parameters`` text, also as Forge, SD.Next, stable-diffusion.cpp and we write it; None if it is not one.
 
-    Old files say "Sampler: DPM++ 2M Karras", new ones "Sampler: DPM++ 2M, Schedule type: Karras": both give the former.
+    Old files say "Sampler: DPM++ 2M Karras", new ones "Sampler: DPM++ 2M, Schedule type: Karras", or "Automatic", which is
+    Karras there: all give the first.
     """
     *lines, last = text.strip().split("\n")
     pairs = {key: _unquote(value.strip()) for key, value in _PAIR.findall(last)}
@@ -282,6 +287,9 @@ def read_infotext(text: str) -> ParsedRecipe | None:
     _take_tagged_loras(draft, pairs.get("Lora hashes", ""))
     if pairs.get("RNG", "GPU").upper() != "CPU":
         draft.notes.append("drawn with GPU noise; the picture will differ")
+    if (emphasis := pairs.get("Emphasis", "Original")) not in ("Original", "None"):
+        applied = "; the prompt's weights are applied here" if emphasis == "Ignore" else ""
+        draft.notes.append(f"not reproduced: Emphasis {shown(emphasis)}{applied}")
     draft.note_rest("not reproduced", [key for key in pairs if key not in _A1111_READ])
     return draft.finish()
 
@@ -294,27 +302,22 @@ def _split_prompts(lines: list[str]) -> tuple[str, str]:
 
 
 def _take_infotext_settings(draft: Draft, pairs: Mapping[str, str], negative: str, has_strength: bool) -> None:
-    sampler, schedule = pairs.get("Sampler"), pairs.get("Schedule type", "Automatic")
-    if sampler and schedule != "Automatic" and not sampler.endswith(schedule):
+    sampler, schedule = pairs.get("Sampler"), pairs.get("Schedule type", "")
+    if schedule == "Automatic":
+        schedule = _AUTOMATIC.get(sampler, "")
+    if sampler and schedule and not sampler.endswith(schedule):
         sampler = f"{sampler} {schedule}"
     size = _SIZE.fullmatch(pairs.get("Size", ""))
     start, _, end = pairs.get("Guidance interval", ":").partition(":")
     draft.take(
-        width=int(size[1]) if size else None,
-        height=int(size[2]) if size else None,
-        num_inference_steps=_parse_number(pairs.get("Steps")),
-        guidance_scale=_parse_number(pairs.get("CFG scale")),
-        negative_prompt=negative,
-        scheduler=sampler,
-        seed=_parse_number(pairs.get("Seed")),
-        clip_skip=_parse_number(pairs.get("Clip skip", "1")),
+        width=int(size[1]) if size else None, height=int(size[2]) if size else None,
+        num_inference_steps=_parse_number(pairs.get("Steps")), guidance_scale=_parse_number(pairs.get("CFG scale")),
+        negative_prompt=negative, scheduler=sampler, seed=_parse_number(pairs.get("Seed")),
+        clip_skip=_parse_number(pairs.get("Clip skip", "1")), prompt_weights=pairs.get("Emphasis") != "None",
         strength=_parse_number(pairs.get("Denoising strength")) if has_strength else None,
-        prompt_weights=pairs.get("Emphasis") != "None",
-        deep_cache=_parse_number(pairs.get("DeepCache")),
-        token_merging=_parse_number(pairs.get("Token merging ratio")),
-        guidance_start=_parse_number(start or None),
-        guidance_end=_parse_number(end or None),
-    )
+        deep_cache=_parse_number(pairs.get("DeepCache")), token_merging=_parse_number(pairs.get("Token merging ratio")),
+        guidance_start=_parse_number(start or None), guidance_end=_parse_number(end or None),
+    )  # fmt: skip
 
 
 def _take_tagged_loras(draft: Draft, hashes_text: str) -> None:
@@ -361,16 +364,12 @@ def read_invokeai(text: str) -> ParsedRecipe | None:
     draft.take_mode(_invokeai_mode(document.get("generation_mode")))
     skipped = document.get("clip_skip")
     draft.take(
-        width=document.get("width"),
-        height=document.get("height"),
-        num_inference_steps=document.get("steps"),
-        guidance_scale=document.get("cfg_scale"),
-        negative_prompt=document.get("negative_prompt"),
-        scheduler=document.get("scheduler"),
-        seed=document.get("seed"),
+        width=document.get("width"), height=document.get("height"), num_inference_steps=document.get("steps"),
+        guidance_scale=document.get("cfg_scale"), negative_prompt=document.get("negative_prompt"),
+        scheduler=document.get("scheduler"), seed=document.get("seed"),
         clip_skip=skipped + 1 if type(skipped) is int else skipped,  # it counts the layers left out, we count from 1
         strength=None if draft.mode == "txt2img" else document.get("strength"),
-    )
+    )  # fmt: skip
     model = document.get("model")
     algorithm, _, digits = str(_member(model, "hash")).partition(":")  # mostly "blake3:..."
     draft.take_models(_model_label(model), digits if algorithm == "sha256" else None, _model_label(document.get("vae")))

@@ -209,19 +209,20 @@ def _find_own(name: str, config: AppConfig) -> str | None:
 
 
 def _follow_loras(recipe: ParsedRecipe, typed: dict[str, Any], config: AppConfig, named: NamedFiles, say: Say) -> None:
-    """Name the recipe's adapters that its prompt does not name. ``--lora`` takes the place of them all, tags included."""
+    """Name the recipe's adapters by their paths, in place of the tags of its prompt: a tag would take the first of its name.
+
+    ``--lora`` takes the place of them all. A prompt that was typed keeps its tags, and they count before the recipe's.
+    """
     prompt, tags = extract_loras(typed["prompt"])
-    if "lora" in typed:
-        if not typed.get("wildcards", True):
-            typed["prompt"] = prompt
-        return
-    tagged = {tag.name for tag in tags}
-    flags = []
-    for item in recipe.loras:
-        path = _find_lora(item, config, named, say)
-        if item.name not in tagged:
-            flags.append(f"{path}:{item.weight}")
-    typed["lora"] = flags
+    loras = list(recipe.loras)
+    if typed.get("wildcards", True):
+        loras = [item for item in loras if item.name not in {tag.name for tag in tags}]
+    else:
+        typed["prompt"] = prompt
+        known = {item.name for item in loras}
+        loras += [LoraRef(tag.name, tag.weight) for tag in tags if tag.name not in known]
+    if "lora" not in typed:
+        typed["lora"] = [f"{_find_lora(item, config, named, say)}:{item.weight}" for item in loras]
 
 
 def _find_lora(recorded: LoraRef, config: AppConfig, named: NamedFiles, say: Say) -> Path:

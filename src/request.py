@@ -111,13 +111,23 @@ class PictureRequest(GenerationConfig):
 
     @property
     def idle_settings(self) -> list[str]:
-        """A line for each setting that was chosen and has nothing to act on."""
+        """A line for each setting that was chosen and has nothing to act on, whatever the model."""
         lines = []
-        if self.guidance_scale <= 1 and (self.guidance_start > 0 or self.guidance_end < 1):
-            lines.append(f"the guidance interval does nothing: guidance {self.guidance_scale:g} draws without guidance")
+        if self.guidance_scale <= 1:
+            why = f"guidance {self.guidance_scale:g} draws without guidance"
+            lines += [f"{name} does nothing: {why}" for name in self.needing_guidance]
         if self.deep_cache > 1 and self.num_inference_steps == 1:
             lines.append("deep cache does nothing: there is one step, and the first is always whole")
         return lines
+
+    @property
+    def needing_guidance(self) -> list[str]:
+        """What was chosen that acts by guidance alone, in words."""
+        chosen = {
+            "the negative prompt": self.negative_prompt.strip(),
+            "the guidance interval": self.guidance_start > 0 or self.guidance_end < 1,
+        }
+        return [name for name, is_chosen in chosen.items() if is_chosen]
 
     def check(self) -> None:
         """Bring every setting to its type; raise UserError (usage) for what cannot be drawn, before anything is loaded.
@@ -145,7 +155,7 @@ class PictureRequest(GenerationConfig):
         if not 0 <= self.guidance_start < self.guidance_end <= 1:
             interval = f"{self.guidance_start:g}:{self.guidance_end:g}"
             raise usage_error(f"guidance interval {interval} is no part of 0:1; 0.2:0.8 is usual, --cfg 1 is without guidance")
-        find_sampler(self.scheduler)
+        self._check_sampler()
         self._check_pictures()
 
     def _settle_types(self) -> None:
@@ -166,13 +176,21 @@ class PictureRequest(GenerationConfig):
         for name in ("init_image", "mask_image"):
             setattr(self, name, _picture(name.replace("_", " "), getattr(self, name)))
 
+    def _check_sampler(self) -> None:
+        sampler = find_sampler(self.scheduler).sampler
+        if sampler.max_steps is not None and self.num_inference_steps > sampler.max_steps:
+            raise usage_error(
+                f"{self.num_inference_steps} steps: {sampler.label} takes {sampler.max_steps} at most, 4 to 8 are usual; "
+                "use --steps 8, or another sampler"
+            )
+
     def _check_pictures(self) -> None:
         if self.mask_image is not None and self.init_image is None:
             raise usage_error("--mask says what to repaint of a picture; give the picture with --init-image FILE")
         if self.init_image is None:
             return
         if not 0 < self.strength <= 1:
-            raise usage_error(f"strength {self.strength:g} is outside 0 to 1; 0.6 keeps the layout, 1 ignores the picture")
+            raise usage_error(f"strength {self.strength:g} is outside 0 to 1; 0.6 keeps the layout, 1 hardly anything")
         if int(self.num_inference_steps * self.strength) < 1:
             needed = math.ceil(1 / self.strength)
             raise usage_error(

@@ -8,6 +8,8 @@ be joined with any schedule that its diffusers class can do. Source of the pairs
 from __future__ import annotations
 
 import difflib
+import functools
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,13 +29,14 @@ _ANY_SIGMAS = ("karras", "exponential", "beta")
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
-    """One row of the table: our key, A1111's name, diffusers' class, its options, and the schedules that it can do."""
+    """One row of the table: our key, A1111's name, diffusers' class, its options, the schedules and the steps it can do."""
 
     key: str
     label: str
     class_name: str
     options: Mapping[str, Any] = field(default_factory=dict)
     schedules: tuple[str, ...] = ()
+    max_steps: int | None = None  # None: as many as a request may ask for
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,7 @@ SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
 _TRAILING = "sgm_uniform"
 _MULTISTEP = "DPMSolverMultistepScheduler"
 _SDE = {"algorithm_type": "sde-dpmsolver++"}
+_DISTILLED_STEPS = 50  # diffusers' original_inference_steps: these samplers take some of the steps that the teacher took
 
 SAMPLERS: tuple[Sampler, ...] = (
     Sampler("dpm++_2m", "DPM++ 2M", _MULTISTEP, {"algorithm_type": "dpmsolver++", "solver_order": 2}, (*_ANY_SIGMAS, _TRAILING)),
@@ -95,8 +99,8 @@ SAMPLERS: tuple[Sampler, ...] = (
     Sampler("ddim", "DDIM", "DDIMScheduler", _DDIM_LIKE, (_TRAILING,)),
     Sampler("ddpm", "DDPM", "DDPMScheduler", {"clip_sample": False, "variance_type": "fixed_small"}, (_TRAILING,)),
     Sampler("pndm", "PLMS", "PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": False}, (_TRAILING,)),
-    Sampler("lcm", "LCM", "LCMScheduler", _DDIM_LIKE),
-    Sampler("tcd", "TCD", "TCDScheduler", _DDIM_LIKE),
+    Sampler("lcm", "LCM", "LCMScheduler", _DDIM_LIKE, max_steps=_DISTILLED_STEPS),
+    Sampler("tcd", "TCD", "TCDScheduler", _DDIM_LIKE, max_steps=_DISTILLED_STEPS),
 )  # fmt: skip
 
 # Other programs' names for the same thing, spelled as _plain() gives them.
@@ -118,7 +122,8 @@ _ALIASES = {
     "unipc_bh2": "unipc",
     "uni_pc": "unipc",
 }
-_SCHEDULE_ALIASES = {"k": "karras", "simple": "", "normal": "", "uniform": "", "automatic": "", "sgm": _TRAILING}
+# A1111's "Simple" takes every T/n-th timestep from the noisiest one on, which diffusers calls trailing.
+_SCHEDULE_ALIASES = {"k": "karras", "simple": _TRAILING, "normal": "", "uniform": "", "automatic": "", "sgm": _TRAILING}
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +189,34 @@ def build_scheduler(choice: SamplerChoice, model_config: Mapping[str, Any]) -> S
     options |= choice.sampler.options
     if choice.schedule:
         options |= SCHEDULES[choice.schedule].options
-    return kind(**{name: value for name, value in options.items() if name in known})
+    scheduler = kind(**{name: value for name, value in options.items() if name in known})
+    if "timestep_spacing" in known:
+        _mend_spacing(scheduler, is_spaced_anew=choice.schedule in _ANY_SIGMAS)
+    return scheduler
+
+
+def _mend_spacing(scheduler: SchedulerMixin, is_spaced_anew: bool) -> None:
+    """Let ``set_timesteps`` begin at noise with a single step, too, and give no more steps than it is asked for.
+
+    diffusers spaces a single "linspace" or "leading" step at the clean end, where hardly any noise is taken away. Its
+    "trailing" steps are numpy.arange(T, 0, -T / n), whose rounding makes one more of some n (61), at timestep -1: not where
+    their noise levels are spaced anew, as Karras are.
+    """
+    set_timesteps, spacing = scheduler.set_timesteps, scheduler.config.timestep_spacing
+    last = scheduler.config.num_train_timesteps
+
+    @functools.wraps(set_timesteps)  # diffusers looks at the signature
+    def mended(num_inference_steps: int, *rest: Any, **named: Any) -> None:
+        steps = num_inference_steps
+        is_trailing = steps == 1 or spacing == "trailing"
+        scheduler.register_to_config(timestep_spacing="trailing" if is_trailing else spacing)
+        if is_trailing and not is_spaced_anew and math.ceil(last / (last / steps)) > steps:
+            set_timesteps(math.nextafter(steps, 0), *rest, **named)  # the same spacing, but for a hair
+            scheduler.num_inference_steps = steps
+        else:
+            set_timesteps(steps, *rest, **named)
+
+    scheduler.set_timesteps = mended
 
 
 _MODEL_FACTS = (

@@ -157,6 +157,38 @@ def test_jobs_survive_a_bad_one_and_are_not_drawn_twice(here, capsys) -> None:
     assert len(pictures(here)) == 4
 
 
+def test_a_redo_that_was_killed_goes_on_without_the_flag(here, capsys, monkeypatch) -> None:
+    """Of three jobs one is redone: what is left of the redo is drawn, and not taken from the first run."""
+    (here / "jobs.txt").write_text("a star\na circle\na square\n")
+    fast = ["--prompts", "jobs.txt", "--json", "--model", "embedded", "--steps", "1"]
+    run(capsys, *fast)
+    old = {path.name for path in pictures(here)}
+    from src.generator import TextToImageGenerator
+
+    with monkeypatch.context() as patch:
+        real, calls = TextToImageGenerator._denoise, []
+        patch.setattr(
+            TextToImageGenerator,
+            "_denoise",
+            lambda *a: real(*a) if not calls.append(1) and len(calls) < 2 else raise_interrupt(),
+        )
+        assert run(capsys, *fast, "--redo")[0] == ExitCode.INTERRUPTED
+    (redone,) = {path.name for path in pictures(here)} - old
+    lines = [json.loads(line) for line in run(capsys, *fast)[1].splitlines()]
+    assert [(line.get("skipped"), Path(line["file"]).name == redone) for line in lines] == [
+        (True, True),
+        (None, False),
+        (None, False),
+    ]
+    assert len(pictures(here)) == 6
+    again = [json.loads(line) for line in run(capsys, *fast)[1].splitlines()]
+    assert [(line["skipped"], Path(line["file"]).name in old) for line in again] == [(True, False)] * 3
+
+
+def raise_interrupt() -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_half_finished_job_goes_on_with_its_seed(here, capsys) -> None:
     """Three of four pictures are there; one of them is lost: a re-run draws just that one, and the same."""
     (here / "jobs.txt").write_text("--prompt star --num 4\n")
@@ -342,8 +374,9 @@ def test_lora_flags_are_path_and_weight(text: str, path: str, weight: float) -> 
 
 def test_models_by_folder_and_their_mistakes(here, capsys) -> None:
     folder = pipelines.save(pipelines.sd1(), here / "tiny")
-    code, _, err = run(capsys, "a star", "--model", "./tiny", "--steps", "1", "--width", "64", "--height", "64")
+    code, _, err = run(capsys, "a star", "--model", "./tiny", "--steps", "1", "--size", "64x64", "--revision", "main")
     assert code == 0
+    assert "idle    the revision does nothing: ./tiny lies on this disk, and only the hub has revisions" in err
     assert "model   tiny (SD1)" in err
     (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(folder / "unet" / "gone")
     code, _, err = run(capsys, "a star", "--model", "./tiny", "--steps", "1")

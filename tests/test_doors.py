@@ -81,6 +81,9 @@ def test_answers_without_torch(run_door, arguments: list[str], expected: str) ->
         (["a cat", "--model", "embedded", "--device", "gpu"], 2, "cuda:N"),
         (["a cat", "--model", "embedded", "--device", "cpu", "--precision", "fp16"], 2, "bf16 or fp32"),
         (["--from-image", "x.png", "--prompts", "jobs.txt"], 2, "--prompts many"),
+        (["--estimate-vram", "--prompts", "nowhere.txt"], 2, "the size of the largest job"),
+        (["a cat", "--width", "1024", "--size", "512x512"], 2, "--size 512x512 and --width say the same"),
+        (["a cat", "--sampler", "LCM", "--steps", "60", "--model", "embedded"], 2, "LCM takes 50 at most"),
     ],
 )
 def test_mistakes_cost_no_import(run_door, arguments: list[str], code: int, expected: str) -> None:

@@ -207,13 +207,27 @@ def test_adapters_are_counted_in_the_precision_of_the_run(machine, tmp_path):
         assert answer.request.lora_bytes == 2 * (2 * 4 * 320) * ELEMENT_BYTES[precision]
 
 
+def test_of_a_folder_with_several_forms_one_is_counted(machine, tmp_path):
+    """A training's folder holds the same adapter for diffusers, PEFT and kohya, and may hold what is none."""
+    shapes = {"lora_unet_a.lora_down.weight": (4, 320), "lora_unet_a.lora_up.weight": (320, 4)}
+    (tmp_path / "final" / "peft").mkdir(parents=True)
+    for name in ("pytorch_lora_weights", "final_kohya", "peft/adapter_model"):
+        safetensors(tmp_path / "final" / f"{name}.safetensors", shapes)
+    safetensors(tmp_path / "final" / "state.safetensors", {"exp_avg": (4, 320)})
+    for name in ("final", "final/pytorch_lora_weights.safetensors"):
+        answer = ask(loras=(LoraChoice(tmp_path / name), LoraChoice(tmp_path / "final" / ".." / name)), precision="fp32")
+        assert answer.request.lora_bytes == 2 * 4 * 320 * ELEMENT_BYTES["fp32"]
+    (tmp_path / "final" / "peft" / "adapter_config.json").write_text("{}")
+    assert ask(loras=(LoraChoice(tmp_path / "final" / "peft"),), precision="fp32").request.lora_bytes == 2 * 4 * 320 * 4
+
+
 def test_what_is_no_adapter_is_refused(machine, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "page.safetensors").write_text("<html>")
     safetensors(tmp_path / "unet.safetensors", {"down_blocks.0.weight": (4, 8)})
     for code, name, said in [
         (ExitCode.NOT_FOUND, "nothing.safetensors", "not found"),
-        (ExitCode.NOT_FOUND, "empty", "holds no LoRA"),
+        (ExitCode.NOT_FOUND, "empty", "holds no .safetensors file"),
         (ExitCode.REFUSED, "page.safetensors", "web page"),
         (ExitCode.REFUSED, "unet.safetensors", "no LoRA format"),
         (ExitCode.REFUSED, "x.ckpt", "pickle"),

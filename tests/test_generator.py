@@ -1,5 +1,6 @@
 """The generator against hand-called diffusers pipelines: same noise, same scheduler, same picture, pixel for pixel."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -98,6 +99,17 @@ def test_without_guidance_equals_diffusers(loaded) -> None:
     assert largest_difference(mine, expected) <= 1
 
 
+def test_a_negative_prompt_that_is_not_drawn_does_not_lengthen_the_prompt(sd1) -> None:
+    """Without guidance the U-Net reads the prompt alone: the one window that it fills, however long the negative one is."""
+    lengths: list[int] = []
+    note_length = lambda _, args, named: lengths.append(named["encoder_hidden_states"].shape[1])  # noqa: E731
+    sd1.model.pipeline.unet.register_forward_pre_hook(note_length, with_kwargs=True)
+    for guidance in (1.0, 5.0):
+        (picture,) = sd1.generate(PROMPT, "blue, " * 80, seed=1, guidance_scale=guidance, num_inference_steps=1)
+        assert json.loads(picture.info["recipe"])["negative_prompt"] == "blue, " * 80
+    assert lengths == [77, 3 * 77]
+
+
 def gradient(width: int, height: int) -> Image.Image:
     ramp = numpy.linspace(0, 255, width * height * 3).reshape(height, width, 3).astype("uint8")
     return Image.fromarray(ramp)
@@ -153,6 +165,30 @@ def test_an_inpainting_unet_with_nine_channels_equals_diffusers(tmp_path) -> Non
     assert max(map(largest_difference, alone, together)) <= 1
     with pytest.raises(UserError, match="--mask"):
         generator.generate(PROMPT)
+
+
+def test_an_inpainting_unet_of_nine_channels_goes_on_when_its_vae_overflows(tmp_path, monkeypatch) -> None:
+    """As SD's does in fp16: what diffusers encodes for it is encoded once more in fp32, and so it is from then on."""
+    folder = pipelines.save(pipelines.sd1(in_channels=9), tmp_path / "inpaint")
+    config, lines = config_for(folder, tmp_path), []
+    config.model.precision = "bf16"
+    generator = TextToImageGenerator(config, lines.append)
+    vae = generator.model.pipeline.vae
+    encode = vae.encode
+
+    def overflowing(pixels: torch.Tensor) -> object:
+        assert pixels.dtype == vae.dtype
+        found = encode(pixels)
+        if vae.dtype == torch.bfloat16:
+            found.latent_dist.mean[:] = found.latent_dist.parameters[:] = torch.inf
+        return found
+
+    monkeypatch.setattr(vae, "encode", overflowing)
+    mask = Image.new("L", (64, 64), 255)
+    for _ in range(2):
+        (picture,) = generator.generate(PROMPT, init_image=gradient(64, 64), mask_image=mask, strength=0.8, seed=SEED)
+        assert pixels(picture).std() > 0
+    assert sum(line.startswith("vae     its output held no numbers") for line in lines) == 1
 
 
 @pytest.mark.parametrize(("strength", "sampler"), [(0.8, "euler_a"), (1.0, "dpm++_2m_karras"), (0.8, "ddim"), (1.0, "ddim")])
@@ -300,6 +336,19 @@ def test_previews_show_what_the_picture_becomes(sd1) -> None:
 
 
 # -- what can go wrong
+
+
+def test_pictures_are_recorded_as_they_were_read_whatever_becomes_of_them(sd1, tmp_path) -> None:
+    start, mask = tmp_path / "start.png", tmp_path / "mask.png"
+    gradient(64, 64).save(start), Image.new("L", (64, 64), 255).save(mask)
+    expected = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (start, mask)]
+    settings = {"init_image": start, "mask_image": mask, "num_images": 2, "seed": 1}
+    pictures = sd1.draw(PictureRequest.from_config(sd1.config.generation, PROMPT, **settings))
+    first = next(pictures)
+    start.unlink(), mask.write_bytes(b"another")
+    for picture in (first, next(pictures)):
+        recipe = json.loads(picture.info["recipe"])
+        assert [recipe[name]["sha256"] for name in ("init_image", "mask")] == expected
 
 
 @pytest.mark.parametrize(

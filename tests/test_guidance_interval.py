@@ -152,6 +152,13 @@ def test_a_unet_that_is_told_the_scale_is_never_halved(tmp_path) -> None:
     plain = generator.generate(PROMPT, num_images=2, batch_size=2)
     limited = generator.generate(PROMPT, num_images=2, batch_size=2, guidance_end=0.5)
     assert [difference(*pair) for pair in zip(plain, limited)] == [0, 0]
+    said: list[str] = []
+    generator.say = said.append
+    generator.generate(PROMPT, negative_prompt="", num_inference_steps=1, guidance_end=0.5)
+    generator.generate(PROMPT, negative_prompt="", num_inference_steps=1)
+    assert said == [
+        "idle    the guidance interval does nothing: this U-Net is told the guidance scale, and draws the prompt alone"
+    ]
     assert difference(*plain) > 1
 
 

@@ -199,6 +199,36 @@ def test_the_first_seed_and_the_last_file_of_a_job_count(tmp_path: Path, picture
         assert (known.finished("aa", 0), known.seed_of("aa")) == (again, 7)
 
 
+def test_what_is_forgotten_is_drawn_again_and_a_kill_meanwhile_loses_nothing(tmp_path: Path, picture: Path) -> None:
+    """Of three pictures two are redone, by two processes; the second opens the journal after the first has drawn."""
+    path = tmp_path / "journal.jsonl"
+    for index in range(3):
+        Journal(path).record("aa", index, picture, seed=7)
+    new = [tmp_path / f"new-{index}.png" for index in range(2)]
+    for process, file in enumerate(new):
+        journal = Journal(path, process)
+        journal.forget({"aa": range(process, process + 1), "bb": range(5)})
+        assert journal.finished("aa", process) is None
+        file.write_bytes(b"png")
+        journal.record("aa", process, file, seed=9)
+        expected = [new[0], new[1] if process else picture, picture]
+        assert [Journal(path).finished("aa", index) for index in range(3)] == expected
+    Journal(path).forget({"aa": range(3)})
+    again = Journal(path)
+    assert [again.finished("aa", index) for index in range(3)] == [None] * 3
+    assert again.seed_of("aa") is None, "a job without a seed draws another one"
+    again.record("aa", 0, picture.with_name("00002.png"), seed=11)
+    assert Journal(path).seed_of("aa") == 11
+
+
+@pytest.mark.parametrize("value", ["3", "null", '"x"', "[[[]]]", "[3]", '{"aa": 0}'])
+def test_a_foreign_list_of_the_forgotten_does_not_count(tmp_path: Path, picture: Path, value: str) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.write_text(f'{{"forgotten": {value}}}\n["forgotten"]\n"forgotten"\n')
+    Journal(path).record("aa", 0, picture, seed=7)
+    assert Journal(path).finished("aa", 0) == picture
+
+
 def test_a_picture_that_was_announced_counts_if_it_became_that_file(tmp_path: Path, picture: Path) -> None:
     """Killed after the file had its name and before the journal had its line; or before, and the name is another's."""
     path = tmp_path / "journal.jsonl"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from src import model_source
+from src.config import ModelConfig
 from src.errors import ExitCode
 from src.model_files import check_folder, family_of
 from src.model_source import EMBEDDED, Source, resolve, user_cache
@@ -50,6 +51,24 @@ def test_names_hold_no_folder(here):
     assert resolve("secret/v1-5.safetensors", Path("c"), offline=True) == Source(
         "file", Path("secret/v1-5.safetensors"), "v1-5"
     )
+
+
+@pytest.mark.parametrize(
+    ("model_id", "idle"),
+    [
+        ("embedded", ["revision", "architecture"]),
+        ("./mine", ["revision", "architecture"]),
+        ("owner/name", ["architecture"]),
+        ("one.safetensors", ["revision"]),
+    ],
+)
+def test_a_setting_that_this_kind_of_model_has_no_use_for_is_said(here, model_id: str, idle: list[str]):
+    """A commit is the hub's; configurations from elsewhere are for a single file, which brings none."""
+    model(here / "mine")
+    safetensors(here / "one.safetensors", {"a": (1,)})
+    lines = model_source.idle_settings(ModelConfig(model_id=model_id, revision="main", architecture="sd15"))
+    assert [line.split(" does nothing: ")[0] for line in lines] == [f"the {name}" for name in idle]
+    assert model_source.idle_settings(ModelConfig(model_id=model_id)) == []
 
 
 def test_a_local_folder_wins_over_the_hub(here):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import sys
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from src import images, named_files, orders
 from src.arguments import build_config, parse_arguments
 from src.errors import ExitCode, UserError
 from src.named_files import NamedFiles, adapter_files
+from tests.tiny import model_folders
 from tests.tiny.named import picture, safetensors, sha256
 
 
@@ -105,6 +108,8 @@ def test_an_interval_that_is_none_is_said(text: str) -> None:
 def test_what_has_nothing_to_act_on_is_said() -> None:
     assert "draws without guidance" in read_jobs("a cat", "--guidance-interval", "0:0.6", "--cfg", "1")[1][0]
     assert "the first is always whole" in read_jobs("a cat", "--deep-cache", "2", "--steps", "1")[1][0]
+    (line,) = read_jobs("a cat", "--negative", "blurry", "--cfg", "1")[1]
+    assert line == "idle    the negative prompt does nothing: guidance 1 draws without guidance"
     assert read_jobs("a cat", "--guidance-interval", "0:0.6", "--deep-cache", "2")[1] == []
 
 
@@ -174,6 +179,65 @@ def test_files_count_by_their_content(here: Path) -> None:
     (here / "a.png").rename(here / "b.png")
     (here / "jobs.txt").write_text((here / "jobs.txt").read_text().replace("a.png", "b.png"))
     assert ids() == seen[-1]
+
+
+def test_local_weights_count_by_their_content_and_not_by_their_age(here: Path) -> None:
+    """Trained on, a model keeps its name and size; a copy on another machine has another time of change."""
+    (here / "jobs.txt").write_text("a cat\n")
+    folder = model_folders.model(here / "mine", model_folders.SD1 | model_folders.CHECKER)
+    file, vae = safetensors(here / "one.safetensors"), safetensors(here / "vae.safetensors")
+    for name in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model", "safety_checker/model"):
+        safetensors(folder / f"{name}.safetensors")
+    (folder / "big.safetensors").write_bytes(b"another program's")
+    of_folder, of_file, of_vae = ["--model", "./mine"], ["--model", "./one.safetensors"], ["--vae", "./vae.safetensors"]
+    ages = count(1)
+
+    def changed(path: Path, *argv: str) -> bool:
+        before = ids(*argv)
+        os.utime(path, (1, next(ages)))
+        assert ids(*argv) == before
+        path.write_bytes(path.read_bytes()[:-1] + bytes([next(ages)]))
+        return ids(*argv) != before
+
+    for name in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
+        assert changed(folder / f"{name}.safetensors", *of_folder), name
+    assert changed(folder / "scheduler" / "scheduler_config.json", *of_folder)
+    assert changed(folder / "tokenizer" / "vocab.json", *of_folder)
+    assert not changed(folder / "safety_checker" / "model.safetensors", *of_folder)
+    assert not changed(folder / "big.safetensors", *of_folder)
+    assert changed(file, *of_file)
+    assert changed(vae, *of_vae)
+    of_vae = ["--vae", "./mine"]
+    assert changed(folder / "vae" / "diffusion_pytorch_model.safetensors", *of_vae)
+    assert not changed(folder / "unet" / "diffusion_pytorch_model.safetensors", *of_vae)
+
+
+def test_wildcard_files_count_by_their_content(here: Path) -> None:
+    """Those that a prompt can reach, whatever the seed: files that name files, and the negative prompt's."""
+    (here / "wildcards").mkdir()
+    texts = {
+        "colour": "red\nblue\n",
+        "animal": "__fur__ cat\ndog\n__gone__\n",
+        "fur": "soft\n",
+        "blur": "blurry\n",
+        "other": "x\n",
+    }
+    for name, text in texts.items():
+        (here / "wildcards" / f"{name}.txt").write_text(text)
+    (here / "jobs.txt").write_text('--prompt "a {__colour__|red} __animal__" --negative "__blur__"\na cat\n')
+    seen = [ids()]
+    for name in texts:
+        (here / "wildcards" / f"{name}.txt").write_text(texts[name] + "more\n")
+        seen.append(ids())
+    assert [before[0] != after[0] for before, after in pairwise(seen)] == [True, True, True, True, False]
+    assert len({plain for _, plain in seen}) == 1
+
+
+def test_jobs_that_name_neither_keep_the_ids_of_0_3_0(here: Path) -> None:
+    """As the version before files of models and wildcards counted wrote them into journals."""
+    (here / "jobs.txt").write_text("a {red|blue} cat\n")
+    assert ids() == ["fc222e8f661d14e9"]
+    assert ids("--model", "owner/name", "--vae", "owner/vae", "--revision", "x") == ["93aee82688e473b7"]
 
 
 def test_each_file_is_read_once_a_run(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,6 +139,35 @@ def test_a1111_in_the_wild(text: str, prompt: str, negative: str, some: dict, no
 LAST = "Steps: 20, Sampler: Euler, CFG scale: 7, Seed: 5, Size: 512x512, RNG: CPU"
 
 
+@pytest.mark.parametrize(
+    ("sampler", "automatic"),  # A1111 1.10's table of samplers_k_diffusion: the option 'scheduler' of each
+    [
+        ("DPM++ 2M", "Karras"), ("DPM++ SDE", "Karras"), ("DPM++ 2S a", "Karras"), ("DPM2", "Karras"), ("DPM2 a", "Karras"),
+        ("DPM++ 2M SDE", "Exponential"), ("DPM++ 2M SDE Heun", "Exponential"), ("DPM++ 3M SDE", "Exponential"),
+        ("Euler", ""), ("Euler a", ""), ("LMS", ""), ("Heun", ""), ("UniPC", ""), ("DDIM", ""),
+    ],
+)  # fmt: skip
+def test_a1111s_automatic_schedule_is_the_samplers_own(sampler: str, automatic: str) -> None:
+    line = LAST.replace("Sampler: Euler", f"Sampler: {sampler}")
+    settings = from_text_chunks({"parameters": f"x\n{line}, Schedule type: Automatic"}).settings
+    assert settings["scheduler"] == f"{sampler} {automatic}".strip()
+    assert from_text_chunks({"parameters": f"x\n{line}"}).settings["scheduler"] == sampler, "before 1.9 it was the plain one"
+
+
+@pytest.mark.parametrize(
+    ("emphasis", "notes"),
+    [
+        ("Original", ()),
+        ("None", ()),
+        ("No norm", ("not reproduced: Emphasis 'No norm'",)),
+        ("Ignore", ("not reproduced: Emphasis 'Ignore'; the prompt's weights are applied here",)),
+    ],
+)
+def test_an_emphasis_that_is_not_here_is_said(emphasis: str, notes: tuple[str, ...]) -> None:
+    parsed = from_text_chunks({"parameters": f"a (fox:1.3)\n{LAST}, Emphasis: {emphasis}"})
+    assert (parsed.notes, parsed.settings["prompt_weights"]) == (notes, emphasis != "None")
+
+
 def test_a1111_names_of_models_and_loras() -> None:
     prompt = "a <lora:ink:0.8> <lora:b,c> <lora:d:0.5:0.7>"
     names = 'Model hash: 6ce0161689, Model: "x: y", VAE: v.pt, Lora hashes: "ink: 1a2b3c4d5e6f, bc: 0123456789ab"'

@@ -139,11 +139,37 @@ def test_adapters_are_found_compared_and_replaced(here: Path) -> None:
     assert (typed["lora"], typed["prompt"]) == (["elsewhere/wash.safetensors:0.5"], "a fox ")
     safetensors(here / "models" / "lora" / "wash.safetensors")
     typed, _, said = draw_again(recipe)
-    assert (typed["lora"], typed["prompt"], said) == (["models/lora/ink.safetensors:0.8"], "a fox <lora:wash:0.5>", [])
-    assert LoraChoice.parse(typed["lora"][0]) == LoraChoice(Path("models/lora/ink.safetensors"), 0.8)
+    flags = ["models/lora/wash.safetensors:0.5", "models/lora/ink.safetensors:0.8"]
+    assert (typed["lora"], typed["prompt"], said) == (flags, "a fox ", [])
+    assert LoraChoice.parse(typed["lora"][1]) == LoraChoice(Path("models/lora/ink.safetensors"), 0.8)
     safetensors(ink, 2)
     (line,) = draw_again(recipe)[2]
     assert "is not the LoRA 'ink' of then" in line
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_of_two_adapters_of_one_name_the_one_with_the_recorded_hash_is_drawn_with(here: Path, is_ours: bool) -> None:
+    """A tag would take the first path of that name; what is drawn with is checked as the run itself resolves it."""
+    first = safetensors(here / "models" / "lora" / "a" / "ink.safetensors", 1)
+    second = safetensors(here / "models" / "lora" / "b" / "ink.safetensors", 2)
+    for path in (first, second):
+        chunks = a1111(
+            f'Size: 64x64, Lora hashes: "ink: {hashlib.sha256(path.read_bytes()[-1:]).hexdigest()[:12]}"', "a <lora:ink:0.5>"
+        )
+        recipe = replace(RECIPE, prompt="a <lora:ink:0.5>", loras=(LoraRef("ink", 0.5, sha256(path)),))
+        typed, config, said = draw_again(recipe if is_ours else chunks, "--model", "embedded")
+        request = orders.read_request(config, typed, print)
+        assert [(choice.path.resolve(), choice.weight) for choice in request.loras] == [(path.resolve(), 0.5)]
+        assert (request.prompt, said) == ("a ", [])
+
+
+def test_tags_that_a_recipe_does_not_list_and_those_of_a_typed_prompt_are_followed(here: Path) -> None:
+    for name in ("ink", "wash"):
+        safetensors(here / "models" / "lora" / f"{name}.safetensors")
+    recipe = replace(RECIPE, prompt="a <lora:ink:0.5>", loras=(LoraRef("wash", 0.3),))
+    assert draw_again(recipe)[0]["lora"] == ["models/lora/wash.safetensors:0.3", "models/lora/ink.safetensors:0.5"]
+    typed = draw_again(recipe, "--prompt", "b <lora:wash:1>")[0]
+    assert (typed["prompt"], typed["lora"]) == ("b <lora:wash:1>", [])
 
 
 def test_a1111s_hash_of_an_adapter_is_that_of_its_tensors(here: Path) -> None:
@@ -217,6 +243,10 @@ def test_a_recorded_prompt_is_final(here: Path) -> None:
         ("Sampler: DPM adaptive", "dpm++_2m_karras", 1),
         ("Sampler: Restart", "dpm++_2m_karras", 1),
         ("Sampler: DPM++ 2M, Schedule type: Karras", "DPM++ 2M Karras", 0),
+        ("Sampler: DPM++ 2M, Schedule type: Automatic", "DPM++ 2M Karras", 0),
+        ("Sampler: DPM++ 2M SDE, Schedule type: Automatic", "DPM++ 2M SDE Exponential", 0),
+        ("Sampler: Euler, Schedule type: Simple", "Euler Simple", 0),
+        ("Sampler: DPM++ SDE, Schedule type: Simple", "DPM++ SDE", 1),
     ],
 )
 def test_samplers_that_are_not_here_become_the_nearest(sampler: str, drawn: str, said: int) -> None:

@@ -9,9 +9,11 @@ import numpy
 import pytest
 from PIL import Image
 
+from src.arguments import FLAG_OF
 from src.config import GenerationConfig
 from src.errors import ExitCode, UserError
 from src.request import LoraChoice, PictureRequest
+from src.schedulers import SAMPLERS, build_scheduler, find_sampler
 
 PICTURE = Image.new("RGB", (8, 8))
 
@@ -74,7 +76,9 @@ def test_a_wrong_type_is_named(settings: dict[str, Any], message: str) -> None:
         ({"guidance_start": 0.8, "guidance_end": 0.2}, "0.2:0.8 is usual"),
         ({"guidance_start": 0.5, "guidance_end": 0.5}, "0.2:0.8 is usual"),
         ({"guidance_end": 1.5}, "0.2:0.8 is usual"),
-        ({"init_image": PICTURE, "strength": 0}, "0.6 keeps the layout"),
+        ({"init_image": PICTURE, "strength": 0}, "0.6 keeps the layout, 1 hardly anything"),
+        ({"num_inference_steps": 51, "scheduler": "LCM"}, "LCM takes 50 at most"),
+        ({"num_inference_steps": 51, "scheduler": "tcd"}, "TCD takes 50 at most"),
         ({"mask_image": PICTURE}, "--init-image FILE"),
     ],
 )
@@ -82,6 +86,36 @@ def test_a_range_error_says_what_to_use(settings: dict[str, Any], step: str) -> 
     with pytest.raises(UserError) as caught:
         request(**settings)
     assert step in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [sampler.key for sampler in SAMPLERS])
+def test_diffusers_takes_the_most_steps_that_a_request_may_ask_for_and_no_more(name: str) -> None:
+    most = find_sampler(name).sampler.max_steps
+    scheduler = build_scheduler(find_sampler(name), {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear"})
+    request(num_inference_steps=most or 1000, scheduler=name)
+    scheduler.set_timesteps(most or 50)
+    if most is not None:
+        with pytest.raises(ValueError, match="50"):
+            scheduler.set_timesteps(most + 1)
+
+
+def test_at_strength_1_something_of_the_picture_is_left() -> None:
+    """diffusers adds the noise of timestep 999 to it: sqrt(a) is left, which is 7 %; so no text may say that it is ignored."""
+    scheduler = build_scheduler(
+        find_sampler("ddim"), {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    )
+    assert 0.06 < scheduler.alphas_cumprod[999].sqrt() < 0.08
+    assert "ignores" not in "".join(flag.help for flag in FLAG_OF.values())
+
+
+def test_what_acts_by_guidance_alone_is_idle_without() -> None:
+    chosen = {"negative_prompt": "blurry", "guidance_end": 0.6}
+    assert request(**chosen).idle_settings == []
+    assert request(guidance_scale=1, negative_prompt=" ").idle_settings == []
+    assert request(guidance_scale=1, **chosen).idle_settings == [
+        "the negative prompt does nothing: guidance 1 draws without guidance",
+        "the guidance interval does nothing: guidance 1 draws without guidance",
+    ]
 
 
 def test_other_spellings_of_the_same_value_become_it() -> None:

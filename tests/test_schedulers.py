@@ -34,7 +34,7 @@ ALL = [SamplerChoice(sampler, schedule) for sampler in SAMPLERS for schedule in 
         ("euler_a", "euler_a"), ("k_euler_a", "euler_a"), ("EulerAncestralDiscreteScheduler", "euler_a"), ("euler_ancestral", "euler_a"),
         ("Euler", "euler"), ("Heun", "heun"), ("LMS Karras", "lms_karras"), ("DPM2 a Karras", "dpm2_a_karras"), ("DDIM", "ddim"),
         ("DDPM", "ddpm"), ("PLMS", "pndm"), ("pndm", "pndm"), ("UniPC", "unipc"), ("LCM", "lcm"), ("DPM++ 2M SGM Uniform", "dpm++_2m_sgm_uniform"),
-        ("DPM++ 2M Simple", "dpm++_2m"), ("DDIM Uniform", "ddim"), ("Euler Beta", "euler_beta"),
+        ("DPM++ 2M Simple", "dpm++_2m_sgm_uniform"), ("DDIM Uniform", "ddim"), ("Euler Beta", "euler_beta"),
     ],
 )  # fmt: skip
 def test_known_spellings(name: str, key: str) -> None:
@@ -46,7 +46,9 @@ def test_every_listed_name_finds_itself(choice: SamplerChoice) -> None:
     assert find_sampler(choice.key) == find_sampler(choice.label) == choice
 
 
-@pytest.mark.parametrize("name", ["eulr", "", "ddim_karras", "lcm karras", "Restart", "DPM++ 2M Karras Karras"])
+@pytest.mark.parametrize(
+    "name", ["eulr", "", "ddim_karras", "lcm karras", "DPM++ SDE Simple", "Restart", "DPM++ 2M Karras Karras"]
+)
 def test_unknown_names_and_impossible_schedules_are_refused(name: str) -> None:
     with pytest.raises(UserError, match="scheduler"):
         find_sampler(name)
@@ -127,6 +129,61 @@ def test_trailing_spacing_ends_at_the_last_timestep() -> None:
     scheduler = build_scheduler(find_sampler("euler_sgm_uniform"), pipelines.scheduler().config)
     scheduler.set_timesteps(4)
     assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
+
+
+def test_a1111s_simple_schedule_is_trailing() -> None:
+    """Its simple_scheduler takes sigmas[-(1 + int(i * 1000 / n))], so the timestep 999 - int(i * 1000 / n)."""
+    scheduler = build_scheduler(find_sampler("Euler Simple"), pipelines.scheduler().config)
+    for steps in (1, 4, 20, 61):
+        scheduler.set_timesteps(steps)
+        theirs = torch.tensor([999 - i * 1000 // steps for i in range(steps)])
+        assert (scheduler.timesteps - theirs).abs().max() <= 1
+        table = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod) ** 0.5
+        torch.testing.assert_close(scheduler.sigmas[:-1], table[theirs], rtol=0.04, atol=0)  # a timestep more or less
+
+
+@pytest.mark.parametrize("spacing", [None, "leading"])
+@pytest.mark.parametrize("choice", ALL, ids=lambda choice: choice.key)
+def test_a_single_step_begins_at_noise(choice: SamplerChoice, spacing: str | None) -> None:
+    """All noise of the schedule is taken away in it: of timestep 999, whatever spacing the model's own file names."""
+    config = {**pipelines.scheduler().config, **({"timestep_spacing": spacing, "_use_default_values": []} if spacing else {})}
+    scheduler = build_scheduler(choice, config)
+    for steps in (1, 2, 1):
+        scheduler.set_timesteps(steps)
+    assert len(scheduler.timesteps) == 1
+    assert 998 <= scheduler.timesteps[0] <= 999
+    a = scheduler.alphas_cumprod[-1].item()
+    if scheduler.init_noise_sigma > 1.5:  # Euler and its kin
+        assert float(scheduler.init_noise_sigma) == pytest.approx(((1 - a) / a) ** 0.5, rel=1e-3)
+
+
+TRAILING = [SamplerChoice(sampler, "sgm_uniform") for sampler in SAMPLERS if "sgm_uniform" in sampler.schedules]
+CHEAP = ("ddim", "euler", "dpm++_2m")  # the first of them destroys its sample at timestep -1
+
+
+@pytest.mark.parametrize("choice", TRAILING, ids=lambda choice: choice.key)
+def test_trailing_steps_are_as_many_as_asked_for(choice: SamplerChoice) -> None:
+    """Step i of n lies at T - i T / n, counted from 1 and rounded; for 62 of the numbers diffusers gives one more, at -1."""
+    scheduler = build_scheduler(choice, pipelines.scheduler().config)
+    for steps in range(1, 1001) if choice.sampler.key in CHEAP else (2, 60, 61, 103):
+        scheduler.set_timesteps(steps)
+        places = scheduler.timesteps.double()
+        if choice.sampler.key in ("heun", "dpm2", "dpm2_a"):  # those between two steps left out
+            places = places[torch.arange(len(places)) % 2 == 0]
+        if choice.sampler.key == "pndm":  # its second step is there twice
+            places = torch.cat([places[:1], places[1 + (steps > 1) :]])
+        exact = 1000 - torch.arange(steps, dtype=torch.float64) * 1000 / steps - 1
+        assert len(places) == steps
+        assert (places - exact).abs().max() <= 0.5 + 1e-9, steps
+        assert (scheduler.num_inference_steps, type(scheduler.num_inference_steps)) == (steps, int)
+
+
+def test_noise_levels_that_are_spaced_anew_over_a_trailing_model_keep_their_number() -> None:
+    config = {**pipelines.scheduler().config, "timestep_spacing": "trailing", "_use_default_values": []}
+    for name in ("Euler Karras", "DPM++ 2M Exponential", "Heun Beta"):
+        scheduler = build_scheduler(find_sampler(name), config)
+        scheduler.set_timesteps(61)
+        assert len(scheduler.sigmas.unique()) == 62
 
 
 def test_the_list_names_every_sampler() -> None:
