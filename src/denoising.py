@@ -97,7 +97,6 @@ def denoise(
         arguments |= {"latents": latents.to(pipeline._execution_device, dtype), "height": height_px, "width": width_px}
     else:
         arguments |= _start_arguments(pipeline, request, sources, start)
-    vae_dtype = pipeline.vae.dtype
     with torch.no_grad(), _shortcuts(pipeline, request):
         if start is not None and _has_other_latents(pipeline):
             from src.any_latents import AnyLatentsPipeline
@@ -109,8 +108,6 @@ def denoise(
             sampler = _as_mode(pipeline, request.mode)
         sampler.set_progress_bar_config(disable=True)  # ours spans all pictures
         latents = sampler(**arguments).images
-    if pipeline.vae.dtype != vae_dtype:  # SDXL's inpainting pipeline casts it, on the assumption that it came in fp16
-        pipeline.vae.to(vae_dtype)
     cpu_memory.give_back()  # the decoder needs other sizes
     if not torch.isfinite(latents).all():
         raise NotFinite("the U-Net's output")

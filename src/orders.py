@@ -79,9 +79,14 @@ def weights_here(config: AppConfig, named: NamedFiles) -> dict[str, str]:
 
     Not their time of change, which another machine's copy does not share; remembered, so that it is read once.
     """
-    found = {"model_sha256": model_source.files_of(config.model.model_id)}
-    if config.model.vae:
-        found["vae_sha256"] = model_source.vae_files_of(config.model.vae)
+    model, cache = config.model, config.paths.folder("cache")
+    found = {"model_sha256": model_source.files_of(model.model_id)}
+    if found["model_sha256"]:  # what cannot be loaded is refused before it is read
+        model_source.resolve(model.model_id, cache, model.offline, include_safety_checker=False)
+    if model.vae:
+        found["vae_sha256"] = model_source.vae_files_of(model.vae)
+        if found["vae_sha256"]:
+            model_source.resolve_vae(model.vae, cache, model.offline)
     return {name: named.joint_sha256(paths) for name, paths in found.items() if paths}
 
 

@@ -56,7 +56,7 @@ class ModelRef:
 class Recipe:
     """What one picture was drawn from, and on what. Sizes in pixels; ``strength`` is None for txt2img.
 
-    ``loras`` lists every LoRA, whether it came by flag or by a ``<lora:...>`` tag; ``prompt`` keeps its tags.
+    ``loras`` lists every LoRA, whether it came by flag or by a ``<lora:...>`` tag; a prompt that was typed keeps its tags.
     ``config`` is the resolved configuration, ``stack`` the versions of torch, diffusers, ..., ``version`` our own.
     """
 

@@ -135,7 +135,7 @@ class PictureRequest(GenerationConfig):
         Other whole numbers than ``int`` (numpy's) and paths as text are taken; a seed of -1 becomes None.
         """
         self._settle_types()
-        if not self.prompt.strip() and self.init_image is None:
+        if not self.prompt.strip() and self.init_image is None and not self.loras:
             raise usage_error('the prompt is empty; say what to draw, e.g. python main.py "a red circle"')
         for name in ("width", "height"):
             _check_size(name, getattr(self, name))

@@ -159,9 +159,9 @@ def find_sampler(name: str) -> SamplerChoice:
         sampler = by_key[stem]
         if schedule and schedule not in sampler.schedules:
             can = ", ".join(SCHEDULES[item].label for item in sampler.schedules) or "none but its own"
-            raise usage_error(
-                f"scheduler '{name}': {sampler.label} cannot do the {SCHEDULES[schedule].label} schedule; it can do: {can}"
-            )
+            label = SCHEDULES[schedule].label
+            wanted = label if suffix == schedule else f"{suffix.title()} ({label})"
+            raise usage_error(f"scheduler '{name}': {sampler.label} cannot do the {wanted} schedule; it can do: {can}")
         return SamplerChoice(sampler, schedule)
     known = [*by_key, *(f"{sampler.key}_{schedule}" for sampler in SAMPLERS for schedule in sampler.schedules)]
     close = difflib.get_close_matches(plain, known, n=1)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from src.config import (
     DEVICES,
     QUANTIZATIONS,
+    full_name,
     model_of_preset,
     parse_assignment,
     preset_names,
+    read_settings,
     set_from,
     set_value,
 )
 from src.errors import not_found, usage_error
 from src.flags import CommandLine, Flag, switch
+from src.prompts import clean_prompt, extract_loras
 from src.train_config import (
     FORMATS,
     LR_SCHEDULERS,
@@ -28,6 +30,7 @@ from src.train_config import (
     TRACKERS,
     TrainRun,
     check,
+    other_adapter,
 )
 
 USAGE = """python -m src.train_lora --dataset_dir DIR [options]
@@ -165,31 +168,32 @@ def build_run(typed: dict[str, Any]) -> TrainRun:
 def apply_typed(run: TrainRun, typed: dict[str, Any], check: Callable[[Any], None] = check) -> None:
     """Put what was typed over the settings of a run, and check them. Raises UserError (usage, not found)."""
     for file in typed.get("config", []):
-        with _one_level(run.train):
-            set_from(run, file)
-    with _one_level(run.train):
-        for text in typed.get("set", []):
-            set_value(run, *parse_assignment(text))
-    with _one_level(run.train):
-        for name, value in typed.items():
-            if "." in name:
-                set_value(run, name, value)
+        _make_way(run.train, read_settings(file))
+        set_from(run, file)
+    assignments = [parse_assignment(text) for text in typed.get("set", [])]
+    flags = [(name, value) for name, value in typed.items() if "." in name]
+    for level in (assignments, flags):
+        _make_way(run.train, [name for name, _ in level])
+        for name, value in level:
+            set_value(run, name, value)
     if typed.get("train.class_prompt") == "":
         run.train.class_prompt = ""  # which is an error, while an empty setting in a file means none
     if "model" in typed:
         run.model.model_id = _model_id(typed["model"])
     run.train.sample_prompts = read_prompts(run.train.sample_prompts)
+    for prompt in run.train.sample_prompts:
+        if tags := extract_loras(clean_prompt(prompt))[1]:
+            raise other_adapter(tags[0].name)
     check(run)
 
 
-@contextmanager
-def _one_level(train: Any) -> Iterator[None]:
+def _make_way(train: Any, names: Iterable[str]) -> None:
     """Steps that are named take the place of epochs of the level before, and epochs of steps; both at once contradict."""
-    before = train.max_steps, train.num_epochs
-    train.max_steps = train.num_epochs = None
-    yield
-    if train.max_steps is None and train.num_epochs is None:
-        train.max_steps, train.num_epochs = before
+    lengths = {full_name(name) for name in names} & {"train.max_steps", "train.num_epochs"}
+    if lengths == {"train.max_steps"}:
+        train.num_epochs = None
+    if lengths == {"train.num_epochs"}:
+        train.max_steps = None
 
 
 def _model_id(name: str) -> str:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 from src.config import QUANTIZATIONS, AppConfig, ModelConfig, OptimizationConfig, PathsConfig, check_machine
-from src.errors import usage_error
+from src.errors import UserError, usage_error
 
 TARGETS = ("attention", "kohya", "conv")
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "prodigy")
@@ -176,6 +176,11 @@ def check_loop(run: Any, choices: Mapping[str, Sequence[str]], ranges: Mapping[s
         check_warmup(train, train.max_steps or DEFAULT_STEPS)
     if not train.dataset_dir.strip():
         raise usage_error("--dataset_dir is empty; name the folder that prepare_dataset made")
+
+
+def other_adapter(name: str) -> UserError:
+    """The error of a sample prompt that asks for an adapter beside the one that learns."""
+    return usage_error(f"--sample_prompts: <lora:{name}> is not drawn with while another learns; take it out")
 
 
 def check_warmup(train: LoopConfig, steps: int) -> None:

@@ -132,6 +132,8 @@ def stored_run(checkpoint: Checkpoint, kind: type[Run]) -> Run:
                 set_value(run, f"{section}.{key}", value)
     except (KeyError, AttributeError, TypeError, UserError) as error:
         raise refused(f"{checkpoint.folder}: its settings are those of another version ({error}); start anew") from None
+    if run.train.part is not None and run.train.mixed_precision in ("fp16", "bf16"):
+        run.model.precision = run.train.mixed_precision  # first versions stored how the model is loaded, in fp32
     return run
 
 

@@ -17,12 +17,12 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
-from src import files, finetune
+from src import files, finetune, training_start
 from src.buckets import place
 from src.config import AppConfig
 from src.dataset import Example, load_picture, read_dataset
 from src.errors import ExitCode
-from src.finetune_config import FinetuneConfig
+from src.finetune_config import FinetuneConfig, FinetuneRun
 from src.generator import TextToImageGenerator
 from src.prepared_folder import Origin
 from src.training.batches import Feeder, versions_of
@@ -223,8 +223,11 @@ def test_a_bf16_training_goes_on(data: Path, models: dict[str, Path], tmp_path: 
     settings = ("--mixed_precision", "bf16", "--train", "mid", "--no-samples", "--lr_scheduler", "constant")
     assert finetuning.run(data, models["sd1"], tmp_path / "out", *settings, "--max_steps", "1") == 0
     assert finetuning.resume(data, tmp_path / "out", "--max_steps", "2") == 0
-    stored = json.loads((tmp_path / "out" / "checkpoint-2" / "manifest.json").read_text())["facts"]["run"]["model"]
-    assert (stored["precision"], stored["device"]) == ("bf16", "cpu")
+    stored = json.loads((tmp_path / "out" / "checkpoint-2" / "manifest.json").read_text())["facts"]["run"]
+    assert (stored["model"]["precision"], stored["model"]["device"]) == ("bf16", "cpu")
+    stored["model"]["precision"] = "fp32"  # as the first versions had it
+    before = training_start.stored_run(SimpleNamespace(facts={"run": stored}, folder=tmp_path), FinetuneRun)
+    assert before.model.precision == "bf16"
 
 
 def test_bf16_keeps_master_weights(data: Path, models: dict[str, Path], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from src.config import AppConfig
 from src.errors import ExitCode
 from src.generator import TextToImageGenerator
 from src.train_arguments import apply_typed
-from src.train_config import TrainRun
+from src.train_config import TrainConfig, TrainRun
 from src.training import trainer
+from src.training.samples import as_drawn
 from tests.tiny import training
 
 
@@ -211,18 +213,26 @@ def test_settings_come_from_a_file_and_end_in_the_checkpoint(data: Path, models:
     assert (settings["r"], settings["lora_alpha"]) == (2, 3)
 
 
+def test_a_caption_that_becomes_the_sample_prompt_is_taken_literally() -> None:
+    """Captions beside A1111's pictures name LoRAs, and may hold what would be a wildcard in a prompt."""
+    caption = "a {red|blue} thing, __hue__ <lora:ink:0.8>"
+    dataset = SimpleNamespace(trigger=None, train=[SimpleNamespace(captions=(caption,))])
+    train = TrainConfig(sample_prompts=(trainer.usual_prompt(dataset),))
+    assert as_drawn(train, Path("nowhere")) == ("a {red|blue} thing, __hue__",)
+
+
 def test_a_flag_wins_over_the_length_that_a_file_sets(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("train:\n  max_steps: 7\n")
     lengths = {}
     for name, typed in (
         ("flag", {"train.num_epochs": 3}), ("set", {"set": ["train.num_epochs=3"]}), ("neither", {}),
-        ("both", {"set": ["train.num_epochs=3"], "train.max_steps": 5}),
+        ("both", {"set": ["train.num_epochs=3"], "train.max_steps": 5}), ("none", {"set": ["train.max_steps=null"]}),
     ):  # fmt: skip
         run = TrainRun()
         apply_typed(run, {"config": [str(file)], **typed})
         lengths[name] = (run.train.max_steps, run.train.num_epochs)
-    assert lengths == {"flag": (None, 3), "set": (None, 3), "neither": (7, None), "both": (5, None)}
+    assert lengths == {"flag": (None, 3), "set": (None, 3), "neither": (7, None), "both": (5, None), "none": (None, None)}
 
 
 def test_a_resume_by_epochs_of_other_batches_does_not_stretch_the_curve(

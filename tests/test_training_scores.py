@@ -251,6 +251,9 @@ def test_pictures_that_were_drawn_otherwise_are_not_compared() -> None:
     best = choose_best(history, [100, 200, 300])
     assert best.step == 300
     assert "base" not in best.reason
+    older = noted(clip={0: (0.5, 0.3), 100: (0.9, 0.3)})  # of a version that did not say how it drew
+    older.add("score", 200, clip_i=0.6, clip_t=0.3, drawn={"prompts": ["a"], "seed": 42})
+    assert choose_best(older, [100, 200]).step == 100
 
 
 def test_of_equals_the_earliest_and_only_what_was_saved() -> None:

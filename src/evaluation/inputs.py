@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import random
 import re
@@ -51,8 +52,9 @@ def generated_in(folder: Path, flag: str, say: Callable[[str], None]) -> list[Pa
     drawn = [path for path in pictures if path.parent not in real]
     with_recipe = set(filter(_has_recipe, drawn))
     if with_recipe:
-        captions, _ = read_captions(folder, [path for path in drawn if path not in with_recipe])
-        drawn = [path for path in drawn if path in with_recipe or captions[path]]
+        with contextlib.suppress(UserError):  # whether captions can be read is asked where they are needed
+            captions, _ = read_captions(folder, [path for path in drawn if path not in with_recipe])
+            drawn = [path for path in drawn if path in with_recipe or captions[path]]
     if not drawn:
         raise not_found(f"{flag} {folder}: holds scenes to measure against alone; name the folder of the model's pictures")
     kept = set(drawn)

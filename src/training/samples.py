@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from src import conditioning, denoising, files, images, optimizations, prompts
 from src.base_models import LoadedModel
 from src.conditioning import Conditioning, Embedding
-from src.errors import usage_error
 from src.request import PictureRequest
 from src.schedulers import build_scheduler, find_sampler
-from src.train_config import TrainConfig
+from src.train_config import TrainConfig, other_adapter
 from src.training.validation import undisturbed
 
 FOLDER = "samples"
@@ -39,7 +38,7 @@ def as_drawn(train: TrainConfig, wildcards: Path) -> tuple[str, ...]:
         seed = PictureRequest(prompt=prompt, seed=train.sample_seed).seed_of(index)
         text, tags = prompts.extract_loras(prompts.expand_wildcards(prompts.clean_prompt(prompt), seed, wildcards))
         if tags:
-            raise usage_error(f"--sample_prompts: <lora:{tags[0].name}> is not drawn with while another learns; take it out")
+            raise other_adapter(tags[0].name)
         found.append(text)
     return tuple(found)
 

@@ -222,10 +222,9 @@ def balance(score: Score, base: Score | None) -> float | None:
 def scores_of(history: History) -> dict[int, Score]:
     """The scores that were noted of pictures drawn as the last ones were, by step; step 0 is the base model."""
     records = [(record.step, record.values) for record in history.read("score")]
-    return {
-        step: Score(values.get("clip_i"), values.get("clip_t"))
-        for step, values in records
-        if values.get("drawn") == records[-1][1].get("drawn")
+    last = records[-1][1].get("drawn") if records else None
+    return {  # older versions did not say how
+        step: Score(values.get("clip_i"), values.get("clip_t")) for step, values in records if values.get("drawn", last) == last
     }
 
 

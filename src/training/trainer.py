@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import shlex
 import time
 from collections import Counter
@@ -351,7 +352,8 @@ def usual_prompt(dataset: Dataset) -> str:
     if dataset.trigger:
         return f"a photo of {dataset.trigger}"
     captions = Counter(caption for example in dataset.train for caption in example.captions)
-    return captions.most_common(1)[0][0]
+    caption = re.sub(r"<lora:[^<>]*>?", "", captions.most_common(1)[0][0], flags=re.IGNORECASE).strip()
+    return re.sub(r"\{|_(?=_)", r"\\\g<0>", caption) or "a photo"  # a caption's braces are no choice
 
 
 def resume_command(run: TrainRun, processes: int = 1) -> str:

@@ -111,7 +111,7 @@ def _samples(folder: Path, history: History, best: Best | None) -> str | None:
     """A table with a row for each prompt and a column for each step."""
     noted = {record.step: record.values for record in history.read("samples")}
     saved = {step: files for step, files in saved_samples(folder).items() if step in noted}
-    saved = {step: files for step, files in saved.items() if noted[step] == noted[max(saved)]}  # drawn as the last ones were
+    saved = {step: files for step, files in saved.items() if _are_alike(noted[step], noted[max(saved)])}
     if not saved:
         return None
     steps = _spread(list(saved), MAX_COLUMNS, always=best.step if best else None)
@@ -123,6 +123,11 @@ def _samples(folder: Path, history: History, best: Best | None) -> str | None:
         "" if len(steps) == len(saved) else f"\n{len(steps)} of {len(saved)} steps are shown; all are in {folder.name}/samples."
     )
     return report.section("Samples", report.table(["prompt", *names], rows), report.text(_ON_SAMPLES + left_out))
+
+
+def _are_alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether samples were drawn of the same prompts in the same way, as far as both say."""
+    return all(one[name] == other[name] for name in one.keys() & other.keys())
 
 
 def _sample(path: Path | None) -> str:
