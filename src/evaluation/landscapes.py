@@ -15,8 +15,9 @@ SKY_ROWS, GROUND_ROW, FRONT_ROWS = slice(1, 54), 57, slice(121, SIZE_PX)  # sky;
 MAX_SKY, MAX_HILLS, MAX_HOUSE = 16.0, 16.0, 22.0  # CIELAB, from the colours expected
 MIN_TREE_PX, MIN_ROOF_PX, ROOF_PX = 60, 80, (18, 44)  # areas; width of a roof
 WALL_PX = 24  # below the roof, where the house's own wall ends
-MAX_OFF_SKY, MAX_OFF_GROUND = 26.0, 20.0  # CIELAB, from every colour that may be there
+MAX_OFF_SKY, MAX_OFF_GROUND = 26.0, 30.0  # CIELAB, from every colour that may be there
 MIN_OTHER_PX, RESEMBLES = 70, 25.0  # area of what should not be there; CIELAB
+MIN_LEAVES = 0.2  # of a tree, of its area
 _ROOF, _TREE, _TRUNK = (88, 60, 50), (21, 94, 60), (101, 67, 33)
 _LIT_WINDOW, _WINDOW = (255, 236, 150), (200, 230, 245)
 
@@ -126,10 +127,13 @@ def _has_strangers(colours: np.ndarray, time: str, hills: str, own: tuple[slice,
     outside = is_ground & ~is_sky
     outside[own] = False
     strangers = [is_ground & (off > MAX_OFF_GROUND)]
+    leaves, wood = (np.isin(labels, [names.index(name) for name in kind]) for kind in (["tree"], ["roof", "trunk"]))
+    parts, count = ndimage.label(leaves | (wood & outside))  # a dark tree may be of both
+    is_tree = (ndimage.mean(leaves, parts, np.arange(count + 1)) >= MIN_LEAVES)[parts] & (parts > 0)
     for kind in (*((name,) for name in HOUSES), ("roof", "trunk"), ("window",), ("sky",)):
         indices = [names.index(name) for name in kind]
         if (to_hills[indices] >= RESEMBLES).all():
-            strangers.append(np.isin(labels, indices) & outside)
+            strangers.append(np.isin(labels, indices) & outside & ~is_tree)
     return any(_compact(mask) for mask in strangers)
 
 

@@ -19,7 +19,7 @@ from src.scenes import drawing, grammar
 from src.scenes.grammar import COLOURS, GAP_PX, MARGIN_PX, POSITIONS, SHAPES, SIZE_PX, SIZES_PX, Background, Scene, Thing
 
 PLACES = (0.16, 0.39, 0.61, 0.84)  # of house and trees, of the width
-MIN_SEEN = 30.0  # CIELAB, of what is added from what it lies on
+MIN_SEEN = 50.0  # CIELAB, of what is added from what it lies on: hills resemble some colours of houses and wood
 Spoil = Callable[[Image.Image], Image.Image]
 
 

@@ -94,7 +94,7 @@ class UnetSettings:
     snr_floor: float = 0.25  # what is added to min(SNR, gamma)
     shapes_weight: float = 0.3  # of the second task, to tell which shape lies where
     examined: int = 500  # prompts that the result is checked on
-    steps: int = 7000
+    steps: int = 19_000
     batch_size: int = 16
     learning_rate: float = 4e-3
     warmup_steps: int = 400
