@@ -177,7 +177,7 @@ def settle(typed: dict[str, Any]) -> dict[str, Any]:
                 raise usage_error(f"--size {typed['size']} and --{name} say the same; give one of them")
         typed |= _parse_size(typed.pop("size"))
     if "guidance_interval" in typed:
-        typed |= _parse_interval(typed.pop("guidance_interval"))
+        typed |= parse_interval(typed.pop("guidance_interval"))
     return typed
 
 
@@ -199,7 +199,8 @@ def _parse_size(text: str) -> dict[str, int]:
     return {"generation.width": int(width), "generation.height": int(height)}
 
 
-def _parse_interval(text: str) -> dict[str, float]:
+def parse_interval(text: str) -> dict[str, float]:
+    """``0.2:0.8`` as settings. Raises UserError (usage)."""
     start, colon, end = text.partition(":")
     try:
         if colon:

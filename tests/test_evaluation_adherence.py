@@ -58,6 +58,15 @@ def test_it_draws_checks_and_writes(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "overall" in capsys.readouterr().out
 
 
+def test_guidance_can_be_kept_to_a_part_of_the_schedule(tmp_path: Path) -> None:
+    adherence.run(fast("--count", "1", "--guidance-interval", "0:0.5", output=tmp_path), lambda line: None)
+    with Image.open(next((tmp_path / "pictures").iterdir())) as picture:
+        recipe = json.loads(picture.info["recipe"])
+    assert (recipe["guidance_scale"], recipe["guidance_start"], recipe["guidance_end"]) == (5, 0, 0.5)
+    with pytest.raises(UserError, match="write it as START:END"):
+        adherence.run(fast("--guidance-interval", "half", output=tmp_path), lambda line: None)
+
+
 def test_it_goes_on_with_what_is_there_and_refuses_what_is_another_runs(tmp_path: Path, monkeypatch) -> None:
     adherence.run(fast(output=tmp_path), lambda line: None)
     pictures = sorted((tmp_path / "pictures").iterdir())

@@ -127,6 +127,15 @@ def test_an_outline_must_be_there_in_its_colour_and_only_where_it_is_asked_for()
         assert not check(drawing.draw(one(radius=radius, outline="green")), outlined).all
 
 
+def test_small_things_are_right_with_outlines_and_on_patterns() -> None:
+    drawn = proof.truth(625, 11)
+    for index in (252, 276, 396, 518, 624):  # each was refused once: by its size, its colour, or an outline that is none
+        assert check(drawing.draw(drawn[index]), drawn[index]).faults == ()
+    small = one(radius=16.0, size="small", outline="black")
+    assert check(drawing.draw(small), small).size
+    assert not check(drawing.draw(one(radius=20.0, outline="black")), small).size
+
+
 def test_a_landscape_is_judged_by_its_words() -> None:
     land = Landscape("red", 2, "green", "by day", 5)
     scene = Scene("landscape", "", landscape=land)

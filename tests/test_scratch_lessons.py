@@ -176,10 +176,16 @@ def test_a_network_that_knows_all_has_no_loss_and_dropped_captions_are_the_empty
             return (a.sqrt() * noise - (1 - a).sqrt() * latents[which],)
 
     which = torch.tensor([0, 1, 2, 3, 4, 5])
-    dropped = torch.tensor([False, True, False, False, True, False])
-    arguments = (which, dropped, torch.Generator().manual_seed(1), schedule, settings, torch.device("cpu"))
+    chances = torch.tensor([0.9, 0.05, 0.9, 0.9, 0.05, 0.9])  # of being dropped: 0.1 in noise, 0.5 in a clear picture
+    arguments = (which, chances, torch.Generator().manual_seed(1), schedule, settings, torch.device("cpu"))
     assert float(unet.loss_of(Knowing(), material, *arguments)) < 1e-6
     assert seen == [[0, 3, 2, 0, 3, 2]]
+
+
+def test_the_clearer_the_picture_the_more_captions_are_empty() -> None:
+    schedule = NoiseSchedule(torch.tensor([0.9, 0.5, 0.01]), "v_prediction")
+    chances = unet.dropout_of(schedule, UnetSettings(caption_dropout=0.1, caption_dropout_clear=0.5))
+    assert chances.tolist() == pytest.approx([0.46, 0.3, 0.104])
 
 
 def test_the_weights_are_min_snr_with_a_floor() -> None:

@@ -61,13 +61,13 @@ def _measure(settings: UnetSettings, latents: tuple[int, int], device: torch.dev
     schedule = NoiseSchedule.from_config(unet.SCHEDULER).to(device)
     optimizer = Muon(parameter_groups(network, settings.weight_decay), settings.learning_rate)
     stepping = torch.compile(network) if is_compiled else network
-    random, none = torch.Generator().manual_seed(0), torch.zeros(settings.batch_size, dtype=torch.bool)
+    random, never = torch.Generator().manual_seed(0), torch.ones(settings.batch_size)
 
     def step() -> float:
         started = time.perf_counter()
         which = torch.randint(count, (settings.batch_size,), generator=random)
         with precision_of(MachineSettings(), device):
-            loss = unet.loss_of(stepping, material, which, none, random, schedule, settings, device)
+            loss = unet.loss_of(stepping, material, which, never, random, schedule, settings, device)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -75,7 +75,7 @@ def _measure(settings: UnetSettings, latents: tuple[int, int], device: torch.dev
         return time.perf_counter() - started
 
     with FlopCounterMode(display=False) as counter, torch.no_grad(), precision_of(MachineSettings(), device):
-        unet.loss_of(network, material, torch.arange(1), none[:1], random, schedule, settings, device)
+        unet.loss_of(network, material, torch.arange(1), never[:1], random, schedule, settings, device)
     seconds = statistics.median([step() for _ in range(WARM_UP + STEPS)][WARM_UP:])
     forward = counter.get_total_flops() / 1e9
     return {

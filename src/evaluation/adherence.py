@@ -36,6 +36,7 @@ class AdherenceSettings:
     count: int = 500
     steps: int = 20
     guidance: float = 5.0
+    guidance_interval: str = "0:1"
     scheduler: str = "dpm++_2m_karras"
     seed: int = 0  # of the prompts, and of the first picture
     batch_size: int = 8
@@ -48,13 +49,14 @@ _HELP = {
     "count": "prompts",
     "steps": "denoising steps",
     "guidance": "guidance scale",
+    "guidance_interval": "guide in this part of the noise schedule alone, 0 being noise",
     "scheduler": "sampler, as main.py takes it",
     "seed": "of the prompts, and of the first picture; the next has the next",
     "batch_size": "pictures drawn together",
     "split": "held-out prompts, colour-shape combinations that training never shows, or half of each",
     "grammar": "v0: only what the first embedded model was taught (plain backgrounds, no outlines, insides, landscapes)",
 }
-_METAVARS = {str: "NAME", int: "N", float: "X"}
+_METAVARS = {str: "NAME", int: "N", float: "X", "guidance_interval": "A:B"}
 _CHOICES = {"split": SPLITS, "grammar": GRAMMARS}
 
 
@@ -62,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's flags; their defaults are those of AdherenceSettings."""
     for field in fields(AdherenceSettings):
         name, choices, kind = f"--{field.name.replace('_', '-')}", _CHOICES.get(field.name), type(field.default)
-        help, metavar = f"{_HELP[field.name]} (default: {field.default})", None if choices else _METAVARS[kind]
+        help = f"{_HELP[field.name]} (default: {field.default})"
+        metavar = None if choices else _METAVARS.get(field.name, _METAVARS[kind])
         parser.add_argument(name, type=kind, choices=choices, default=argparse.SUPPRESS, metavar=metavar, help=help)
     parser.add_argument("--device", metavar="D", default=argparse.SUPPRESS, help="auto, cuda, cuda:N, mps or cpu")
     parser.add_argument("--pictures", metavar="DIR", help=f"check what was drawn before: a folder with its {RESULT}")
@@ -113,13 +116,14 @@ def _draw_and_check(settings: AdherenceSettings, device: str | None, folder: Pat
     if settings.seed + len(scenes) > MAX_SEED:
         raise usage_error(f"--seed {settings.seed}: its last picture's seed is above {MAX_SEED:,}")
     from src import orders
-    from src.arguments import build_config
+    from src.arguments import build_config, parse_interval
 
     typed = {"model": settings.model, "paths.outputs": str(folder)} | ({} if device is None else {"model.device": device})
     config = build_config(typed)
+    interval = {name.removeprefix("generation."): share for name, share in parse_interval(settings.guidance_interval).items()}
     request = PictureRequest.from_config(
         GenerationConfig(), scenes[0].caption, num_inference_steps=settings.steps, guidance_scale=settings.guidance,
-        scheduler=settings.scheduler, batch_size=settings.batch_size,
+        scheduler=settings.scheduler, batch_size=settings.batch_size, **interval,
     )  # fmt: skip
     orders.check_surroundings({}, config)
     generator = _load(config, say)

@@ -20,6 +20,7 @@ from src.evaluation import landscapes
 from src.evaluation.segmenting import NAMES, Piece, Segments, segment
 from src.evaluation.shapes import Fit, recognise
 from src.scenes import drawing
+from src.scenes.drawing import OUTLINE_PX
 from src.scenes.grammar import MARGIN_PX, POSITIONS, SIZE_PX, Scene, Thing
 
 MAX_OFF_PX = 19.0  # from where a position word says
@@ -28,7 +29,7 @@ SMALL_PX, LARGE_PX = 18.5, 29.0  # radii: a small thing is at most, a large one 
 MAX_INNER, MIN_INNER_WITHIN = 0.45, 0.9  # an inner thing's area, of the outer one's; how much of it lies within
 MAX_HOLE = 0.1  # of a thing: a smaller hole is a flaw of the drawing, a ring's is 0.3
 EDGE_PX, MIN_EDGE = 2.0, 0.03  # how deep a thing's edge is; share of it that an outline which is asked for covers at least
-MIN_AROUND = 0.2  # share of the pixels next to a thing that make an outline which is not asked for
+MIN_AROUND = 0.28  # share of the pixels next to a thing that make an outline which is not asked for
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,8 @@ def _relation(things: list[_Found], scene: Scene, faults: list[str]) -> bool:
 def _size(found: _Found | None, thing: Thing, faults: list[str]) -> bool:
     if found is None:
         return False
-    is_right = found.fit.radius <= SMALL_PX if thing.size == "small" else found.fit.radius >= LARGE_PX
+    outside = OUTLINE_PX / 2 if thing.outline else 0.0  # half of an outline lies outside
+    is_right = found.fit.radius <= SMALL_PX + outside if thing.size == "small" else found.fit.radius >= LARGE_PX
     if not is_right:
         faults.append(f"size: radius {found.fit.radius:.0f} px is not {thing.size}")
     return is_right

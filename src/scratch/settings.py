@@ -89,7 +89,8 @@ class UnetSettings:
     layers: int = 1  # of each level downwards, one more upwards
     attention_levels: int = 1  # the innermost so many attend to pixels and caption
     head_width: int = 32
-    caption_dropout: float = 0.1  # what guidance needs: some captions are empty
+    caption_dropout: float = 0.1  # what guidance needs: some captions are empty where nearly all is noise ...
+    caption_dropout_clear: float = 0.5  # ... and some where the picture is nearly clear
     snr_gamma: float = 5.0
     snr_floor: float = 0.25  # what is added to min(SNR, gamma)
     shapes_weight: float = 0.3  # of the second task, to tell which shape lies where
@@ -167,7 +168,8 @@ def check(settings: ScratchSettings) -> None:
 
 def _range(name: str) -> tuple[float, float]:
     special: dict[str, tuple[float, float]] = {
-        "caption_dropout": (0, 0.9), "ema_decay": (0, 0.99999), "learning_rate": (1e-7, 1), "seed": (0, 2**31),
+        "caption_dropout": (0, 0.9), "caption_dropout_clear": (0, 0.9), "ema_decay": (0, 0.99999),
+        "learning_rate": (1e-7, 1), "seed": (0, 2**31),
         "l1_weight": (0, 100), "naming_weight": (0, 100), "thumbnail_weight": (0, 100), "shapes_weight": (0, 100),
         "latent_channels": (3, 64),
         "kl_weight": (0, 10), "weight_decay": (0, 10), "max_grad_norm": (1e-3, 1e6),

@@ -2,7 +2,7 @@
 
     x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e          latents x_0 (B, 12, 16, 16), noise e of the same shape, t in 0 .. 999
     v_t = sqrt(a_t) e - sqrt(1 - a_t) x_0          what the network gives; e = sqrt(a_t) v_t + sqrt(1 - a_t) x_t follows from it
-    loss = w_t |v_t - v'(x_t, t, caption)|^2       w_t: see `weights_of`; the caption is empty one time in ten
+    loss = w_t |v_t - v'(x_t, t, caption)|^2       w_t: see `weights_of`; the caption is empty now and then: `dropout_of`
 
 Predicting v (Salimans and Ho 2022, arXiv 2202.00512) and predicting e is the same under these weights but for what the network
 must be exact in: where nearly all is noise, v is the picture, e a copy of the input with a small difference that matters. There
@@ -173,16 +173,16 @@ def learn_unet(work: Work, settings: ScratchSettings, terminal: Terminal) -> dic
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         random = torch.Generator().manual_seed(settings.unet.seed * 1_000_003 + step)
         which = torch.randint(len(training.latents), (settings.unet.batch_size,), generator=random)
-        is_dropped = torch.rand(settings.unet.batch_size, generator=random) < settings.unet.caption_dropout
-        noise = loss_of(step_model, training, which, is_dropped, random, schedule, settings.unet, device)
+        chances = torch.rand(settings.unet.batch_size, generator=random)
+        noise = loss_of(step_model, training, which, chances, random, schedule, settings.unet, device)
         shapes = pupil.shapes_loss(training.shapes[which].to(device))
         return noise + settings.unet.shapes_weight * shapes, {"noise": float(noise.detach()), "shapes": float(shapes.detach())}
 
     def judge() -> tuple[dict[str, float], Image.Image]:
         random = torch.Generator().manual_seed(0)  # always the same noise at the same timesteps
-        which, none = torch.arange(min(JUDGED, len(judging.latents))), torch.zeros(JUDGED, dtype=torch.bool)
+        which, never = torch.arange(min(JUDGED, len(judging.latents))), torch.ones(JUDGED)
         losses = [
-            loss_of(unet, judging, part, none[: len(part)], random, schedule, settings.unet, device) * len(part)
+            loss_of(unet, judging, part, never[: len(part)], random, schedule, settings.unet, device) * len(part)
             for part in which.split(64)
         ]
         captions = judging.embeddings[judging.caption_of[: len(scenes)]]
@@ -205,15 +205,15 @@ def learn_unet(work: Work, settings: ScratchSettings, terminal: Terminal) -> dic
 
 
 def loss_of(
-    unet: torch.nn.Module, material: Material, which: Tensor, is_dropped: Tensor, random: torch.Generator,
+    unet: torch.nn.Module, material: Material, which: Tensor, chances: Tensor, random: torch.Generator,
     schedule: NoiseSchedule, settings: UnetSettings, device: torch.device,
 ) -> Tensor:  # fmt: skip
-    """The mean loss of some examples, each at a timestep of its own: a scalar."""
+    """The mean loss of some examples, each at a timestep of its own: a scalar. ``chances`` (B,) say whose caption is empty."""
     latents = material.latents[which].to(device)  # x_0 (B, 12, 16, 16)
     noise = torch.randn(latents.shape, generator=random).to(device)  # e (B, 12, 16, 16)
     weights = weights_of(schedule, settings)  # w (1000,)
     timesteps = timesteps_by(weights, len(which), random).to(device)  # t (B,), as often as their weights say
-    empty = len(material.embeddings) - 1
+    empty, is_dropped = len(material.embeddings) - 1, chances < dropout_of(schedule, settings)[timesteps].cpu()
     captions = material.embeddings[material.caption_of[which].masked_fill(is_dropped, empty)]  # (B, 32, D)
     noisy = diffusion.add_noise(schedule, latents, noise, timesteps)  # x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e
     target = diffusion.target(schedule, latents, noise, timesteps)  # v_t = sqrt(a_t) e - sqrt(1 - a_t) x_0
@@ -230,6 +230,17 @@ def weights_of(schedule: NoiseSchedule, settings: UnetSettings) -> Tensor:
     floor = settings.snr_floor / (schedule.snr + 1)
     every = torch.arange(schedule.timesteps, device=schedule.snr.device)
     return diffusion.loss_weights(schedule, every, settings.snr_gamma) + floor
+
+
+def dropout_of(schedule: NoiseSchedule, settings: UnetSettings) -> Tensor:
+    """The chance of an empty caption at each timestep, (T,): between that of noise and that of a clear picture, as a_t says.
+
+    Guidance multiplies the difference between what the network gives with the caption and without. In a nearly clear picture
+    the caption tells next to nothing, so that this difference is mostly the error of the case that is practised less; there
+    both are practised alike.
+    """
+    noise, clear = settings.caption_dropout, settings.caption_dropout_clear
+    return noise + (clear - noise) * schedule.alphas_cumprod
 
 
 def timesteps_by(weights: Tensor, count: int, random: torch.Generator) -> Tensor:
