@@ -152,7 +152,7 @@ def _do(phase: str, work: Any, settings: ScratchSettings, out: Path, terminal: T
     if phase == "assemble":
         from src.scratch.assemble import assemble
 
-        assemble(work, settings, out, terminal)
+        assemble(work, out, terminal)
         return
     import importlib
 

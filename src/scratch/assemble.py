@@ -16,7 +16,6 @@ from src.errors import refused, usage_error
 from src.model_files import EMBEDDED
 from src.scratch.card import CARD, PAGE, PARTS, SAMPLES, files_of, make_card, page_of, read_card
 from src.scratch.phases import Work
-from src.scratch.settings import ScratchSettings
 from src.terminal import Terminal
 
 MAX_SHIPPED_BYTES = 40 << 20  # of the model that everybody gets with the project
@@ -30,7 +29,7 @@ INDEX = {
 }  # fmt: skip
 
 
-def assemble(work: Work, settings: ScratchSettings, out: Path, terminal: Terminal) -> dict[str, Any]:
+def assemble(work: Work, out: Path, terminal: Terminal) -> dict[str, Any]:
     """Write ``out``, in place of a model that was assembled before; anything else of that name is moved aside.
 
     Raises UserError: not found for a missing phase, usage for phases that do not fit together, refused for a model that is
