@@ -177,7 +177,8 @@ def _check_kernels(device: torch.device) -> None:
         if built <= (major, minor) and (kind == "compute" or built[0] == major):
             return
     version, older = torch.__version__.partition("+")[0], (major, minor) < (7, 5)
-    way_out = f"pip install torch=={version} --index-url {WHEELS}/cu126" if older else "install a newer torch (pytorch.org)"
+    older_build = f"pip install torch=={version}+cu126 --index-url {WHEELS}/cu126"
+    way_out = older_build if older else "install a newer torch (pytorch.org)"
     raise usage_error(
         f"{torch.cuda.get_device_name(device)}: this torch has no code for compute capability {major}.{minor}; {way_out}, "
         "or use --device cpu"
@@ -193,8 +194,8 @@ def idle_card(wanted: str, device: torch.device) -> str | None:
         return None
     version = torch.__version__.partition("+")[0]
     return (
-        f"{card.name} does nothing: this torch is built for the CPU alone; pip install torch=={version} "
-        f"--index-url {WHEELS}/cu130 (cu126 for a card before 2018)"
+        f"{card.name} does nothing: this torch is built for the CPU alone; pip install torch=={version}+cu130 "
+        f"--index-url {WHEELS}/cu130 (cu126, twice, for a card before 2018)"
     )
 
 

@@ -12,7 +12,7 @@ from src.arguments import build_config, help_text, parse_arguments
 from src.config import AppConfig
 from src.doors import answer, guard
 from src.errors import ExitCode, UserError, usage_error
-from src.processes import Processes, is_one_of_many_wanted
+from src.processes import ONE_ALONE, Processes, is_one_of_many_wanted
 from src.schedulers import list_schedulers
 from src.terminal import Terminal
 from src.version import VERSION
@@ -55,7 +55,7 @@ def _run(argv: Sequence[str], terminal: Terminal) -> int:
     if "redo" in typed and wishes.journal is not None:
         wishes.journal.forget({job.id: job.pictures for job in jobs if job.request is not None})
     if is_one_of_many_wanted():
-        terminal.say("share   accelerate started one process alone; --multi_gpu starts as many as are asked for, on a CPU, too")
+        terminal.say(ONE_ALONE)
     together.end_with_launcher()
     code = guard(argv, terminal, lambda: _draw(typed, config, recipe, jobs, wishes, terminal), ON_INTERRUPT)
     if code != ExitCode.INTERRUPTED:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Sequence
 
@@ -15,6 +16,9 @@ def answer(
 ) -> int:
     """Run ``action(argv, terminal)`` and return the exit code; ``on_interrupt`` is said after Ctrl-C."""
     terminal = Terminal(as_json=as_json)
+    for stream in (sys.stdout, sys.stderr):  # a pipe on Windows, or LANG=C, has no character for every name
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
     def start() -> int:
         terminal.processes = processes.from_environment()
@@ -38,6 +42,12 @@ def guard(argv: Sequence[str], terminal: Terminal, action: Callable[[], int], on
         terminal.each_speaks = False
         terminal.say(on_interrupt)
         return ExitCode.INTERRUPTED
+    except ModuleNotFoundError as error:
+        if "--debug" in argv or (error.name or "src").partition(".")[0] == "src":
+            raise
+        way_out = "activate the environment (source .venv/bin/activate), or install with make demo"
+        terminal.error(f"the package {error.name} is not installed in this Python; {way_out}", ExitCode.FAILURE)
+        return ExitCode.FAILURE
     except BrokenPipeError:  # the reader of our output is gone, e.g. `| head`
         sys.stdout = None
         return ExitCode.FAILURE

@@ -218,7 +218,7 @@ def background_of(prompt: str) -> str | None:
 def follows_prompt(picture: Image.Image, prompt: str) -> bool:
     """Whether a picture has the prompt's background, and each colour that the prompt names before it.
 
-    It asks for what the embedded model can do: shapes and counts are beyond it.
+    Shapes and counts are not asked for.
     """
     background = background_of(prompt)
     if background is None:

@@ -29,6 +29,7 @@ Announce = Callable[[Path, bytes], None]
 MAX_NAME_BYTES = 120
 _CHUNK_BYTES = 1 << 20
 _RACY_NS = 2_000_000_000  # the coarsest file clock in use (FAT) ticks every 2 s
+_SCANNED_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 _RESERVED_ON_WINDOWS = re.compile(r"(CON|PRN|AUX|NUL|CONIN\$|CONOUT\$|(COM|LPT)[0-9¹²³]) *(\.|$)", re.IGNORECASE)
 _FORBIDDEN_ON_WINDOWS = frozenset('\\:*?"<>|')
 _NO_FOLDER_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EBADF}
@@ -37,6 +38,7 @@ _NEXT_STEP = {
     errno.EDQUOT: "free some space or choose another folder",
     errno.EFBIG: "the file system or a limit allows no file of this size there, so choose another folder",
     errno.ENOENT: "create the folder first",
+    **({errno.EACCES: "close the program that has it open, or choose another folder"} if os.name == "nt" else {}),
 }
 
 
@@ -64,7 +66,7 @@ def publish_bytes(path: Path, data: bytes, *, exclusive: bool = False) -> Path:
             if exclusive:
                 _name_exclusively(temporary, target)
             else:
-                os.replace(temporary, target)
+                renamed(os.replace, temporary, target)
         flush_folder(target.parent)
     return target
 
@@ -120,7 +122,7 @@ def move_files(pairs: Iterable[tuple[Path, Path]]) -> None:
     folders: set[Path] = set()
     for source, target in pairs:
         with named_errors(target, 0):
-            os.replace(source, target)
+            renamed(os.replace, source, target)
         folders |= {source.parent, target.parent}
     for folder in folders:
         flush_folder(folder)
@@ -257,9 +259,14 @@ def _problem_of(name: str) -> str | None:
             return "it is empty, absolute, or has an empty, '.' or '..' part"
         if part[-1] in ". ":
             return "a part ends with a dot or a space"
-        if _RESERVED_ON_WINDOWS.match(part):
+        if is_device_name(part):
             return f"'{part}' is a device on Windows"
     return None
+
+
+def is_device_name(name: str) -> bool:
+    """Whether Windows takes a file of this name for a device: con, nul, com1, aux.txt ..."""
+    return _RESERVED_ON_WINDOWS.match(name) is not None
 
 
 def write_flushed(path: Path, data: bytes | Stream) -> None:
@@ -306,10 +313,21 @@ def _name_exclusively(temporary: Path, target: Path) -> None:
         # between the two leaves an empty file, but never half a picture, and never another one's name.
         os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
         try:
-            os.replace(temporary, target)
+            renamed(os.replace, temporary, target)
         except OSError:
             os.unlink(target)
             raise
+
+
+def renamed(action: Callable[[Path, Path], None], source: Path, target: Path) -> None:
+    """``os.rename`` or ``os.replace``, tried again for three seconds on Windows, where a virus scanner, the search index or a
+    cloud drive opens every new file for a moment and nothing with an open file in it can be renamed. Raises OSError."""
+    for wait_s in _SCANNED_S if os.name == "nt" else ():
+        try:
+            return action(source, target)
+        except PermissionError:
+            time.sleep(wait_s)
+    return action(source, target)
 
 
 def flush_folder(folder: Path) -> None:

@@ -14,7 +14,7 @@ from src.flags import CommandLine, Flag
 
 USAGE = """python -m src.finetune --dataset-dir DIR [options]
        python -m src.finetune --dataset-dir DIR --resume
-       accelerate launch --num_processes 2 -m src.finetune --dataset-dir DIR [options]"""
+       accelerate launch --multi_gpu --num_processes 2 -m src.finetune --dataset-dir DIR [options]"""
 
 EPILOG = """examples:
   python -m src.finetune --dataset-dir ./flickr30k --captions all --train cross-attention --max-steps 5000

@@ -79,7 +79,7 @@ def remove_folder(folder: Path) -> None:
     """
     doomed = _hidden("del", folder)
     try:
-        os.rename(folder, doomed)
+        files.renamed(os.rename, folder, doomed)
         files.flush_folder(folder.parent)  # else a power cut could bring the name back without all of its files
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -94,7 +94,7 @@ def set_aside(folder: Path) -> Path:
         target = folder.with_name(f"{folder.name}-set-aside" + (f"-{number}" if number > 1 else ""))
         if not os.path.lexists(target):
             with files.named_errors(folder, 0):
-                os.rename(folder, target)
+                files.renamed(os.rename, folder, target)
                 files.flush_folder(folder.parent)
             return target
     raise AssertionError("the count has no end")
@@ -115,7 +115,7 @@ def sweep(root: Path) -> None:
             files.remove_incomplete(path)
         elif match[1] == "old" and not os.path.lexists(root / match[2]):
             with files.named_errors(root / match[2], 0):
-                os.rename(path, root / match[2])
+                files.renamed(os.rename, path, root / match[2])
                 files.flush_folder(root)
         else:
             shutil.rmtree(path, ignore_errors=True)
@@ -184,8 +184,8 @@ def _put_in_place(new: Path, folder: Path, old: Path) -> None:
     """Rename ``new`` to ``folder``, and what was there to ``old``; on any error all names are as before."""
     try:
         if os.path.lexists(folder):
-            os.rename(folder, old)
-        os.rename(new, folder)
+            files.renamed(os.rename, folder, old)
+        files.renamed(os.rename, new, folder)
         files.flush_folder(folder.parent)
     except BaseException:
         with contextlib.suppress(OSError):  # what fails here is put right by `sweep`

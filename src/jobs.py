@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 import shlex
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -73,7 +74,11 @@ def split_flags(text: str, short_flags: Collection[str] = ()) -> list[str] | Non
     if not text.startswith("--") and first_word.partition("=")[0] not in short_flags:
         return None
     try:
-        return shlex.split(text)
+        words = shlex.shlex(text, posix=True)
+        words.whitespace_split, words.commenters = True, ""
+        if os.name == "nt":  # there it parts folders
+            words.escape = ""
+        return list(words)
     except ValueError as error:
         cause = str(error).lower()  # "no closing quotation" or "no escaped character"
         raise usage_error(f'{text[:60]!a}: {cause}; put text with spaces or apostrophes in "..."') from None

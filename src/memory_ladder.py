@@ -167,7 +167,8 @@ class MemoryLadder:
         """Go on without the card, if there was one and main memory suffices. In fp32: a CPU is slow in fp16, and in bf16 the
         picture would be another one. Quantised weights stay where they are: a CPU takes longer with them."""
         is_there = (self.model.device.type, self.model.dtype) == ("cpu", torch.float32)
-        if self._budget_bytes is None or is_there or self._quantize:
+        shares_memory = self.model.device.type == "mps"  # in fp32 the CPU would need twice what has just run out
+        if self._budget_bytes is None or is_there or shares_memory or self._quantize:
             return False
         free_bytes = devices.available_memory_bytes()
         if free_bytes is not None and predict(self._shapes, replace(self._need, precision="fp32"), CPU).peak_bytes > free_bytes:

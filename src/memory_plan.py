@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -62,9 +64,15 @@ def card_budget(free_bytes: int, options: OptimizationConfig) -> int:
     return usable_bytes if wanted_bytes is None else min(usable_bytes, wanted_bytes)
 
 
+def _has_compiler() -> bool:
+    return importlib.util.find_spec("triton") is not None or shutil.which("cl") is not None
+
+
 def check_switches(options: OptimizationConfig) -> None:
     """Refuse unknown modes and switches that contradict each other, before a model is loaded. Raises UserError (usage)."""
     budget_of(options)
+    if options.enable_torch_compile and sys.platform == "win32" and not _has_compiler():
+        raise usage_error("--torch-compile needs triton-windows (pip) for a card, Visual C++ for a CPU; leave it out")
     if options.memory not in MEMORY_MODES:
         raise usage_error(f"memory '{options.memory}' is not known; choose {', '.join(MEMORY_MODES)}")
     if options.quantize not in (None, *QUANTIZATIONS):

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _OUT_OF_MEMORY_TEXTS = (
     "out of memory",  # CUDA's own, and MPS's
+    "Invalid buffer size",  # MPS, of one buffer larger than Metal makes
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUBLAS_STATUS_NOT_INITIALIZED",
     "CUDNN_STATUS_NOT_INITIALIZED",
@@ -51,7 +52,10 @@ def memory_budget(device: torch.device, options: OptimizationConfig) -> int | No
         torch.cuda.set_per_process_memory_fraction(share, device.index)  # of the current card where there is none
         return budget_bytes
     if device.type == "mps":
-        return min(torch.mps.recommended_max_memory(), budget_of(options) or sys.maxsize)
+        limit_bytes = torch.mps.recommended_max_memory()
+        budget_bytes = min(limit_bytes, budget_of(options) or sys.maxsize)
+        torch.mps.set_per_process_memory_fraction(budget_bytes / limit_bytes)  # its own limit is above the machine's memory
+        return budget_bytes
     return None
 
 
@@ -69,6 +73,8 @@ def apply(pipeline: DiffusionPipeline, placement: Placement, options: Optimizati
 
     Raises UserError (usage) for a switch that this machine cannot do.
     """
+    if options.enable_attention_slicing and device.type == "mps":
+        raise usage_error("--attention-slicing draws black pictures on a Mac (pytorch#187521); leave it out")
     _release(pipeline)
     _set_modes(pipeline, placement, options)
     _make_vae_safe(pipeline)

@@ -27,6 +27,8 @@ _LOCAL_COUNT = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SI
 PATIENCE = timedelta(days=7)  # for the process that has the longest share
 LAUNCHER_PATIENCE = timedelta(seconds=60)  # the launcher's own store answers at once, or the launcher is gone
 LOOK_EVERY_S = 0.1
+ONE_ALONE = "share   accelerate started one process alone; --multi_gpu starts as many as are asked for, on a CPU, too"
+MAX_POOL = 61  # that Windows lets one process wait for: a pool of more is refused there
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 

@@ -6,6 +6,7 @@ it means there. Order of use: ``clean_prompt``, ``expand_wildcards``, ``extract_
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import difflib
 import math
@@ -42,7 +43,13 @@ def clean_prompt(text: str) -> str:
 
 
 def decode_utf8(data: bytes, name: str, next_step: str = "save the file as UTF-8") -> str:
-    """Decode a text, with or without a byte order mark. Raises UserError (refused) with the line, the byte, ``next_step``."""
+    """Decode UTF-8, with or without a byte order mark, or UTF-16 with one, as PowerShell's ``>`` writes it.
+
+    Raises UserError (refused) with the line, the byte, ``next_step``.
+    """
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        with contextlib.suppress(UnicodeDecodeError):
+            return data.decode("utf-16")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -190,9 +190,26 @@ def build_scheduler(choice: SamplerChoice, model_config: Mapping[str, Any]) -> S
     if choice.schedule:
         options |= SCHEDULES[choice.schedule].options
     scheduler = kind(**{name: value for name, value in options.items() if name in known})
+    if choice.sampler.class_name == "KDPM2DiscreteScheduler":
+        _mend_precision(scheduler)
     if "timestep_spacing" in known:
         _mend_spacing(scheduler, is_spaced_anew=choice.schedule in _ANY_SIGMAS)
     return scheduler
+
+
+def _mend_precision(scheduler: SchedulerMixin) -> None:
+    """Let ``set_timesteps`` make its numbers on the CPU where the device is a Mac's: float64, which that does not know."""
+    set_timesteps = scheduler.set_timesteps
+
+    @functools.wraps(set_timesteps)
+    def mended(num_inference_steps: int, device: Any = None, **named: Any) -> None:
+        is_mac = str(device).startswith("mps")
+        set_timesteps(num_inference_steps, device="cpu" if is_mac else device, **named)
+        for name, value in list(vars(scheduler).items()) if is_mac else ():
+            if hasattr(value, "is_floating_point") and value.is_floating_point():
+                setattr(scheduler, name, value.float().to(device))
+
+    scheduler.set_timesteps = mended
 
 
 def _mend_spacing(scheduler: SchedulerMixin, is_spaced_anew: bool) -> None:

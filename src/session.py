@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -192,7 +193,8 @@ class Session:
         if self._preview_path is None:
             self._preview_path = self._wishes.folder / f"{self._stem}_preview.png"
             self._terminal.say(f"preview {self._preview_path}")
-        files.publish_bytes(self._preview_path, images.encode_png(images.contact_sheet(pictures), {}))
+        with contextlib.suppress(UserError):  # on Windows a viewer may have it open; the next one will do
+            files.publish_bytes(self._preview_path, images.encode_png(images.contact_sheet(pictures), {}))
 
 
 def _gaps(pictures: range, finished: dict[int, Path]) -> Iterator[tuple[int, int]]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -12,6 +15,13 @@ from src.errors import ExitCode
 from src.processes import Processes
 
 FIRST_SPEAKS_S = 2.0  # what another process waits before it says a mistake that the first one has found, too
+
+
+def shell_word(text: str) -> str:
+    """``text`` as one word of a command to type: in single quotes if need be, on Windows in double ones, all that cmd knows."""
+    if os.name != "nt":
+        return shlex.quote(text)
+    return text if re.fullmatch(r"[\w.:\\/+=-]+", text) else '"' + text.replace('"', '\\"') + '"'
 
 
 class Terminal:

@@ -35,7 +35,7 @@ from src.train_config import (
 
 USAGE = """python -m src.train_lora --dataset_dir DIR [options]
        python -m src.train_lora --dataset_dir DIR --resume
-       accelerate launch --num_processes 2 -m src.train_lora --dataset_dir DIR [options]"""
+       accelerate launch --multi_gpu --num_processes 2 -m src.train_lora --dataset_dir DIR [options]"""
 
 EPILOG = """examples:
   python -m src.train_lora --dataset_dir ./data/train --max_steps 1000 --rank 4 --lr 1e-4

@@ -1,10 +1,10 @@
 """Predicts what a training needs of a card's memory, and decides whether it needs gradient checkpointing. No torch, no weights.
 
-A training has three phases, one after the other: pictures and captions are encoded, one encoder on the card at a time; the
-adapter learns; samples are drawn by the live U-Net, and decoded. Learning needs the frozen weights, the adapter with its
-gradient and the optimizer's numbers, and what each layer keeps for the backward pass. The layers are those of
-src/training/speed.py: a frozen convolution keeps nothing, three projections of one input keep it once, attention is fused.
-Where weights themselves learn (``part``), they, their gradients and averages are float32, and their layers keep their inputs.
+A training has three phases, one after the other: pictures are encoded, then captions; the adapter learns; samples are drawn
+by the live U-Net, and decoded. Learning needs the frozen weights, the adapter with its gradient and the optimizer's numbers,
+and what each layer keeps for the backward pass. The layers are those of src/training/speed.py: a frozen convolution keeps
+nothing, three projections of one input keep it once, attention is fused. Where weights themselves learn (``part``), they,
+their gradients and averages are float32, and their layers keep their inputs.
 
 Peak of live tensors in one training step beside all weights, batch 1, bf16, rank 4 (SDXL: 8), in MB (10^6), computed and
 traced (tests/test_training_memory.py has the tracer):
@@ -41,7 +41,7 @@ from src.model_shapes import (
     unet_blocks,
 )
 from src.train_config import LoopConfig, TrainConfig, TrainRun
-from src.unet_parts import LAST_BLOCKS, part_numbers
+from src.unet_parts import LAST_BLOCKS, convolution_numbers, part_numbers
 from src.unet_weights import (
     ELEMENT_BYTES,
     QUANTIZED_BYTES,
@@ -190,7 +190,8 @@ def estimate(run: TrainRun) -> Answer:
     place = find_place(config)
     source, shapes = find_model(config)
     is_card = place.budget_bytes is not None
-    need = TrainingNeed.of(run.train, shapes.native_px, precision_of(run, place.precision))
+    of_the_machine = "fp32" if place.name == "mps" else place.precision  # what training takes there
+    need = TrainingNeed.of(run.train, shapes.native_px, precision_of(run, of_the_machine))
     plan = choose(shapes, need, place.budget_bytes if is_card else place.memory_bytes, on_card=is_card)
     return Answer(source.name, shapes.family, place.words, plan, adapter_numbers(shapes, need), is_card)
 
@@ -207,7 +208,8 @@ def _smallest_that_fits(shapes: ModelShapes, need: TrainingNeed, budget_bytes: i
     for checkpointing in (False, True) if wanted is None else (wanted,):
         decided = replace(need, gradient_checkpointing=checkpointing)
         plan = TrainingPlan(decided, predict(shapes, decided, on_card=on_card), budget_bytes)
-        if plan.fits:
+        step = next(phase for phase in plan.phases if phase.name == "train")
+        if budget_bytes is None or step.total_bytes <= budget_bytes:  # nothing else becomes smaller by it
             break
     return plan
 
@@ -223,6 +225,8 @@ def _advice(shapes: ModelShapes, need: TrainingNeed, budget_bytes: int | None, o
         smaller |= {"--train mid": {"part": "mid"}} if need.part != "mid" else {}
     elif need.quantize is None and on_card:
         smaller |= {f"--quantize {name}": {"quantize": name} for name in QUANTIZED_BYTES}
+    if need.samples:
+        smaller["--no-samples"] = {"samples": False}
     if need.text_encoders:
         smaller["no --train_text_encoder"] = {"text_encoders": False}
 
@@ -251,15 +255,19 @@ def predict(shapes: ModelShapes, need: TrainingNeed, *, on_card: bool = True) ->
     numbers = adapter_numbers(shapes, need)
     frozen -= numbers * element_bytes if need.part else 0
     learning = numbers * (8 + OPTIMIZER_BYTES[need.optimizer] + 4 * need.ema)
+    if need.part and need.optimizer == "adafactor":  # sums of rows and columns, of each place of a kernel
+        wide, narrow = convolution_numbers(shapes, need.part)
+        learning += round(wide * 4 * 6 / 9 + narrow * 4 * 2) - numbers * OPTIMIZER_BYTES["adafactor"]
     learning_weights = frozen + learning + (sum(encoders.values()) if need.text_encoders else 0)
-    vae_element_bytes = 4 if need.precision == "fp16" else encoder_bytes  # the trainer encodes in a range that is safe
+    vae_element_bytes = 4 if on_card else encoder_bytes  # the trainer has it in fp32 on every card
     vae = shapes.parameters["vae"] * vae_element_bytes
     pixels = 3 * need.resolution_px**2 * vae_element_bytes
     encode = [
         Phase("encode", vae, pixels + encoder_activation_bytes(shapes.vae, (latent, latent), vae_element_bytes, on_card)),
-        *(Phase("encode", size, 0) for size in encoders.values()),
+        Phase("encode", sum(encoders.values()), 0),
     ]
-    step = step_activation_bytes(shapes.unet, (latent, latent), need, workspace=on_card) + _restored_bytes(shapes.unet, need)
+    step = step_activation_bytes(shapes.unet, (latent, latent), need, workspace=on_card)
+    step += _restored_bytes(shapes.unet, (latent, latent), need)
     if need.text_encoders:
         step += sum(text_activation_bytes(text, need) for text in shapes.text_encoders.values())
     phases = [max(encode, key=lambda phase: phase.total_bytes), Phase("train", learning_weights, step)]
@@ -344,9 +352,14 @@ def text_activation_bytes(text: Config, need: TrainingNeed) -> int:
     return y * (layers + 2 * layer) if need.gradient_checkpointing else y * (layers * layer + 8)
 
 
-def _restored_bytes(unet: Config, need: TrainingNeed) -> int:
-    """The largest quantised matrix, in full precision while it is used."""
-    return 0 if need.quantize is None else largest_matrix(unet) * ELEMENT_BYTES[need.precision]
+def _restored_bytes(unet: Config, latent_size: tuple[int, int], need: TrainingNeed) -> int:
+    """The largest quantised matrix, in full precision while it is used; of int8 also a product, of whole numbers at first."""
+    if need.quantize is None:
+        return 0
+    matrix = largest_matrix(unet) * ELEMENT_BYTES[need.precision]
+    maps, (down, _, _) = MapBytes(latent_size, need.batch_size, 4), unet_blocks(unet)
+    products = [maps(8 * block.channels, block.level) for block in down if block.depth and need.quantize == "int8"]
+    return max(matrix, *products) if products else matrix
 
 
 def adapter_numbers(shapes: ModelShapes, need: TrainingNeed) -> int:

@@ -14,6 +14,7 @@ from src.config import set_value, setting_names
 from src.dataset import Dataset, read_dataset
 from src.errors import UserError, not_found, refused, usage_error
 from src.estimate import find_model
+from src.processes import ONE_ALONE, is_one_of_many_wanted
 from src.saved_datasets import unpacked
 from src.train_config import DEFAULT_STEPS, TrainRun
 from src.unet_parts import part_numbers
@@ -42,6 +43,8 @@ def opened(
 
     ``resumed``: a checkpoint -> the settings to go on with. ``result``: what the training makes, in words.
     """
+    if is_one_of_many_wanted():
+        say(ONE_ALONE)
     checkpoint = find_checkpoint(store, typed, result)
     if checkpoint is not None:
         run = resumed(checkpoint)

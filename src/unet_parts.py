@@ -33,6 +33,20 @@ def part_numbers(shapes: ModelShapes, part: str) -> int:
     return output + sum(_block(block, mid, time) for block in up[-LAST_BLOCKS:])
 
 
+def convolution_numbers(shapes: ModelShapes, part: str) -> tuple[int, int]:
+    """How many of the numbers that learn are in kernels of 3x3, and how many in kernels of 1x1."""
+    down, mid, up = unet_blocks(shapes.unet)
+    middle = [mid] if mid else []
+    blocks = {"all": [*down, *middle, *up], "mid": middle, "last-blocks": up[-LAST_BLOCKS:]}.get(part, [])
+    wide = narrow = 0
+    for block in blocks:
+        square = block.channels**2
+        wide += sum(9 * (inputs + outputs) * outputs for inputs, outputs in block.resnets) + 9 * square * block.resample
+        narrow += sum(inputs * outputs for inputs, outputs in block.resnets if inputs != outputs)
+        narrow += 0 if shapes.unet.get("use_linear_projection", False) else 2 * square * transformers(block, mid)
+    return wide, narrow
+
+
 def _cross_attention(block: Block, mid: Block | None) -> int:
     """Query and output of the picture's width, key and value from the text's."""
     width, context = block.channels, block.context

@@ -1,3 +1,3 @@
 """The program's version, as recipes record it."""
 
-VERSION = "0.3.0"
+VERSION = "0.4.0.dev0"

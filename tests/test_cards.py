@@ -14,7 +14,7 @@ from tests.tiny.model_folders import refusal
 @pytest.mark.parametrize(
     ("capability", "cuda", "problem"),
     [
-        ((6, 1), "13.0", "pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cu126"), ((6, 1), "12.6", None),
+        ((6, 1), "13.0", "pip install torch==2.13.0+cu126 --index-url https://download.pytorch.org/whl/cu126"), ((6, 1), "12.6", None),
         ((7, 0), "13.0", "compute capability 7.0"), ((7, 5), "13.0", None), ((8, 9), "13.0", None), ((8, 9), "12.6", None),
         ((9, 0), "13.0", None), ((12, 0), "12.6", "install a newer torch"), ((12, 1), "13.0", None), ((11, 0), "13.0", "11.0"),
     ],

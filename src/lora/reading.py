@@ -225,10 +225,10 @@ def _read_adapter_header(file: Path) -> Header:
 
 
 def _read_layers(part: AdapterPart) -> dict[Where, LoraLayer]:
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     try:
-        tensors = load_file(part.file)
+        tensors = load(part.file.read_bytes())  # not mapped: Windows lets nobody replace or delete a file that is
     except (SafetensorError, OSError) as error:
         raise refused(f"{part.file}: cannot be read ({error}); copy or download it again") from None
     for name, tensor in tensors.items():

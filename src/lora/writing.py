@@ -31,6 +31,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from src.errors import UserError, refused
+from src.files import is_device_name
 from src.lora.formats import LoraLayer, Where, effective_alpha
 from src.lora.headers import AdapterFacts, describe, hashes
 from src.lora.names import canonical, kohya_name
@@ -69,7 +70,8 @@ def adapter_files(
 
 def kohya_file_name(name: str) -> str:
     """``sks dog`` -> ``sks_dog.safetensors``: safe on every system, and no name that another form has."""
-    stem = re.sub(r"[^\w-]+", "_", name).strip("_")[:80] or "lora"
+    stem = re.sub(r"[^\w-]+", "_", name).strip("_").encode()[:80].decode(errors="ignore") or "lora"
+    stem += "_lora" if is_device_name(stem) else ""
     return f"{stem}_kohya.safetensors" if f"{stem}.safetensors" == DIFFUSERS_FILE else f"{stem}.safetensors"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,8 @@ def prepare(config: PrepareConfig, terminal: Terminal) -> Outcome:
         folders.sweep(dst)
         delete_files(dst.glob(".incomplete-*"))  # what a killed run was writing
         outcome = _prepare(config, terminal, inventory, captions, destination, src)
-    folders.remove_folder(destination.shelf)
+    with suppress(UserError):  # all is done; a shelf that another program looks into serves the next run
+        folders.remove_folder(destination.shelf)
     return outcome
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import shlex
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from src.errors import usage_error
+from src.terminal import shell_word
 
 CROPS = ("center", "smart")
 CAPTIONERS = ("blip",)
@@ -62,7 +62,7 @@ class PrepareConfig:
     def next_command(self) -> str:
         """What to type to train on the result."""
         square = "" if self.buckets or self.size % BUCKET_STEP_PX == 0 else " --no-buckets"
-        return f"python -m src.train_lora --dataset_dir {shlex.quote(str(self.dst))} --resolution {self.size}{square}"
+        return f"python -m src.train_lora --dataset_dir {shell_word(str(self.dst))} --resolution {self.size}{square}"
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from src.errors import ExitCode, UserError
+from src.processes import MAX_POOL
 
 MAX_WORKERS = 4  # each takes 75 MB, and 160 MB while it decodes 12 megapixels: all together must stay below 1 GB
 _IN_FLIGHT = 8  # for each worker
@@ -39,7 +40,7 @@ def work(function: Callable[..., Any], state: Any, inputs: Iterable[tuple[Any, .
             yield function(state, *item)
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, context, _start, (state, context.Lock()))
+    pool = ProcessPoolExecutor(min(processes, MAX_POOL), context, _start, (state, context.Lock()))
     try:
         waiting = deque()
         for item in inputs:

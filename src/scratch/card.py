@@ -92,7 +92,7 @@ def make_card(work: Work, inputs: dict[str, str], names: list[str]) -> dict[str,
     results = {phase: work.result(phase) for phase in inputs}
     usual = ScratchSettings()
     changed = [  # whose folder a model lay in is nobody's business
-        f"--set {phase}.{name}={Path(value).name if name == 'begin_from' else _typed(value)}"
+        f"--set {phase}.{name}={f'models/{Path(value).name}' if name == 'begin_from' else _typed(value)}"
         for phase, one in results.items()
         for name, value in one.facts["settings"].items()
         if value != settings_of(usual, phase)[name]
@@ -104,7 +104,7 @@ def make_card(work: Work, inputs: dict[str, str], names: list[str]) -> dict[str,
     before = {"began_from": json.loads(unet.read(BEGAN_FROM))} if BEGAN_FROM in unet.files else {}
     return {
         "name": "a small Stable Diffusion, from nothing", "license": "MIT",
-        "command": " ".join(["python -m src.scratch all", *changed]), "files": sorted(names),
+        "command": " ".join([f"python -m src.scratch {'unet' if begun else 'all'}", *changed]), "files": sorted(names),
         "phases": phases, **before,
         "made_with": {name: version(name) for name in ("torch", "diffusers", "transformers")} | {"machine": platform.machine()},
     }  # fmt: skip

@@ -17,8 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from src import devices
-
 QUINTIC = (3.4445, -4.7750, 2.0315)  # of Newton and Schulz's iteration: brings singular values near 1 in five steps
 ITERATIONS = 5
 STEP_SIZE = 0.2  # root of the mean square of AdamW's steps
@@ -129,4 +127,5 @@ def has_fast_bf16(device: torch.device) -> bool:
     """Whether it multiplies bf16 in hardware: old cards and CPUs only imitate it."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and devices.cpu_has_bf16()
+    found = torch.cpu.get_capabilities()
+    return device.type == "cpu" and bool(found.get("amx_bf16") or found.get("avx512_bf16"))

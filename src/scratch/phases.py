@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from src import folders
+from src import files, folders
 from src.checkpoints import MANIFEST, Checkpoint, CheckpointFolder, read_manifest
 from src.errors import UserError, not_found, usage_error
 from src.scratch.settings import NOT_LEARNT, ScratchSettings
@@ -78,7 +78,12 @@ class Work:
         """
         if self.of(phase).is_dir():
             with CheckpointFolder(self.of(phase), self.say).lock():
-                folders.remove_folder(self.of(phase))
+                for entry in self.of(phase).iterdir():
+                    if entry.is_dir():
+                        folders.remove_folder(entry)
+                    elif entry.name != folders.LOCK_NAME:  # it is open, and with it the folder cannot be renamed on Windows
+                        files.delete_files([entry])
+            folders.remove_folder(self.of(phase))
 
 
 def identity(result: Checkpoint) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from src.checkpoints import Checkpoint
 from src.images import contact_sheet
+from src.processes import MAX_POOL
 from src.scenes.drawing import draw
 from src.scenes.grammar import SIZE_PX, Scene, scenes
 from src.scratch import phase_report
@@ -65,7 +66,7 @@ def draw_scenes(work: Work, settings: ScratchSettings, terminal: Terminal) -> di
     terminal.start_progress(sum(counts.values()))
     done = 0
     # "spawn": a forked child would hold this process's threads, and wait for them forever.
-    pool = ProcessPoolExecutor(min(len(jobs), _cores()), multiprocessing.get_context("spawn"), _leave_interrupts)
+    pool = ProcessPoolExecutor(min(len(jobs), _cores(), MAX_POOL), multiprocessing.get_context("spawn"), _leave_interrupts)
     try:
         for (seed, split, count), (data, pngs) in zip(jobs, pool.map(_draw_shard, jobs)):
             stem = f"{split}-{seed % 1_000_000:07d}"

@@ -249,7 +249,7 @@ def timesteps_by(weights: Tensor, count: int, random: torch.Generator) -> Tensor
     The loss is the same in the mean as with equal chances and w_t before each square, but every example counts as much, and no
     batch lacks a part of the schedule (Kingma et al. 2021, arXiv 2107.00630, appendix I).
     """
-    shares = weights.double().cpu().cumsum(0)
+    shares = weights.cpu().double().cumsum(0)
     places = (torch.rand(1, generator=random, dtype=torch.float64) + torch.arange(count)) / count  # (count,) in [0, 1)
     return torch.searchsorted(shares, places * shares[-1], right=True).clamp(max=len(weights) - 1)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from src.base_models import LoadedModel
 from src.checkpoints import CheckpointFolder
 from src.config import AppConfig
 from src.dataset import Dataset
+from src.terminal import shell_word
 from src.train_config import TrainRun, learning_rates
 from src.training.engine import autocast_dtype
 from src.training.facts import adapter_facts
@@ -99,5 +99,5 @@ class AdapterLearning:
     def draw_command(self, final: Path, prompt: str) -> str:
         """How to draw with the result."""
         model = self.run.model.model_id
-        of_model = "" if model == TrainRun().model.model_id else f" --model {shlex.quote(model)}"
-        return f"python main.py {shlex.quote(prompt)} --lora {shlex.quote(str(final))}{of_model}"
+        of_model = "" if model == TrainRun().model.model_id else f" --model {shell_word(model)}"
+        return f"python main.py {shell_word(prompt)} --lora {shell_word(str(final))}{of_model}"

@@ -48,8 +48,9 @@ class Batch:
     preserved: tuple[int, ...] = ()  # rows whose target is what the model predicted before it learnt
 
     def to(self, device: torch.device) -> Batch:
+        waits = device.type != "cuda"  # on a Mac the source, which nobody holds, may be gone before it is copied
         moved = {
-            item.name: value.to(device, non_blocking=True)
+            item.name: value.to(device, non_blocking=not waits)
             for item in fields(self)
             if isinstance(value := getattr(self, item.name), Tensor)
         }

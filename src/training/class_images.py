@@ -38,7 +38,7 @@ def draw_class_images(run: TrainRun, folder: Path, say: Callable[[str], None]) -
         return
     prompt = textwrap.shorten(str(train.class_prompt), 80, placeholder=" ...")
     say(f"class   drawing {counted(len(missing), 'picture')} of '{prompt}' into {folder}")
-    generator = TextToImageGenerator(run.app_config())
+    generator = TextToImageGenerator(run.app_config(), say=say)
     for _, group in itertools.groupby(enumerate(missing), key=lambda entry: entry[1] - entry[0]):
         numbers = [number for _, number in group]  # consecutive ones
         request = PictureRequest.from_config(

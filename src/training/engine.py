@@ -15,6 +15,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from src import base_models
 from src.base_models import LoadedModel
 from src.errors import usage_error
+from src.processes import from_environment
 from src.train_config import DEFAULT_STEPS, TrainRun
 
 # While one process encodes, draws or judges the others wait: longer than the ten minutes after which NCCL gives up.
@@ -30,9 +31,11 @@ def build_accelerator(run: TrainRun) -> Accelerator:
                 "one on each card: use accelerate launch --multi_gpu"
             )
     device = base_models.pick_device(run.model.device)
-    precision = _mixed_precision(run, device)
+    if device.type == "mps":
+        _check_mac(run)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # a single process trains on the current card, whatever was asked for
+    precision = _mixed_precision(run, device)
     # Gradients lie in the buckets that are exchanged, not beside them; buffers are constants, equal everywhere.
     parallel = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
     options: dict[str, Any] = {"kwargs_handlers": [InitProcessGroupKwargs(timeout=PATIENCE), parallel]}
@@ -48,6 +51,18 @@ def build_accelerator(run: TrainRun) -> Accelerator:
     return accelerator
 
 
+def _check_mac(run: TrainRun) -> None:
+    """Raises UserError (usage) for what torch or bitsandbytes cannot do on an Apple GPU."""
+    if run.train.optimizer == "adamw8bit":
+        raise usage_error("optimizer adamw8bit has no code for a Mac; use --optimizer adamw or adafactor")
+    if run.train.quantize:
+        raise usage_error(f"--quantize {run.train.quantize} needs an NVIDIA card; leave it out")
+    if getattr(run.train, "dropout", 0) and run.train.gradient_checkpointing is not False:
+        raise usage_error(  # what is computed again would draw another mask (pytorch#127676)
+            "--dropout with gradient checkpointing learns wrong on a Mac; add --no-gradient-checkpointing, or use --dropout 0"
+        )
+
+
 def _mixed_precision(run: TrainRun, device: torch.device) -> str:
     """What autocast computes in: as asked for, else as the frozen weights, else what the device is good at."""
     frozen = {"fp32": "no"}.get(run.model.precision, run.model.precision)
@@ -55,10 +70,15 @@ def _mixed_precision(run: TrainRun, device: torch.device) -> str:
     if precision == "auto":
         picked = base_models.pick_dtype("auto", device)
         precision = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "no"}[picked]
-        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        if device.type == "cuda" and _has_bf16(device):
             precision = "bf16"  # the range of float32: no scaler, no overflow
         if device.type == "mps":
             precision = "no"
+    if precision == "bf16" and device.type == "cuda" and not _has_bf16(device):
+        raise usage_error(
+            f"{torch.cuda.get_device_name(device)} only imitates bf16, slowly and without fused attention; "
+            "use --mixed_precision fp16 or no"
+        )
     if precision == "fp16" and device.type == "cpu":
         raise usage_error("mixed_precision fp16 needs a graphics card; use bf16 or no on a CPU")
     if frozen == "fp16" and precision != "fp16":
@@ -67,6 +87,14 @@ def _mixed_precision(run: TrainRun, device: torch.device) -> str:
             "model.precision out, or use --mixed_precision fp16"
         )
     return precision
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Whether the card computes in bf16; of several processes, all cards: one's scaled gradients would meet the others'."""
+    if torch.version.hip is not None:
+        return True
+    cards = range(torch.cuda.device_count()) if from_environment().are_several else [device]
+    return all(torch.cuda.get_device_capability(card) >= (8, 0) for card in cards)
 
 
 def autocast_dtype(accelerator: Accelerator) -> torch.dtype:

@@ -33,12 +33,14 @@ class Interruption:
 
     @property
     def exit_code(self) -> int:
-        """130 after Ctrl-C, 143 after SIGTERM, else 0."""
-        return ExitCode.OK if self.requested is None else ExitCode(128 + self.requested)
+        """130 after Ctrl-C (or Windows' Ctrl-Break), 143 after SIGTERM, else 0."""
+        if self.requested is None:
+            return ExitCode.OK
+        return ExitCode(128 + (signal.SIGTERM if self.requested == signal.SIGTERM else signal.SIGINT))
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in filter(None, (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGBREAK", None))):
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._on_signal)
         return self

@@ -14,6 +14,7 @@ from PIL import Image
 from src.base_models import LoadedModel
 from src.dataset import Dataset, Example, load_picture
 from src.diffusion import NoiseSchedule
+from src.errors import UserError
 from src.train_config import TrainRun
 from src.training.history import History
 from src.training.latent_cache import LatentCache
@@ -117,8 +118,12 @@ class Judge:
             return
         source = checkpoints[best.step]
         facts = {"best_of": source.folder.name, "reason": best.reason}
-        self._saver.store.publish(BEST, self._saver.result_of(source), facts, best.step)
-        self._best_step = best.step
+        try:
+            self._saver.store.publish(BEST, self._saver.result_of(source), facts, best.step)
+        except UserError as error:  # on Windows another program may look into it; the checkpoint has been saved
+            self._say(f"best    not renewed, tried again at the next checkpoint: {error}")
+        else:
+            self._best_step = best.step
 
     def publish_final(self, progress: Progress) -> Path:
         """``final/``: what was learnt as it is now, without the state of the training."""

@@ -162,7 +162,9 @@ def _count_skipped(job: Job, progress: Progress, loss: float) -> None:
     if progress.skipped_in_a_row < MAX_NOT_FINITE:
         return
     precision = job.accelerator.mixed_precision
-    way_out = "use --mixed_precision no, or bf16" if precision == "fp16" else "lower --lr, or check the model's VAE and weights"
+    way_out = "lower --lr, or check the model's VAE and weights"
+    if precision == "fp16":  # GTX 16xx give no numbers in it
+        way_out = "use --mixed_precision no, on a small card with --quantize nf4 --no-samples"
     raise UserError(
         f"step {progress.step}: the {where} was no number {MAX_NOT_FINITE} times in a row, in precision {precision}; the last "
         f"checkpoint is kept; {way_out}",

@@ -109,12 +109,17 @@ class Sampler:
         vae, device = self._model.pipeline.vae, self._model.device
         was_tiling = vae.use_tiling
         is_large = any(item is not None and max(item.shape[-2:]) > _TILE_ABOVE_LATENTS for item in latents)
-        with _moved([vae], device):
-            optimizations.set_vae_tiling(vae, was_tiling or (is_large and device.type != "cpu"))
-            try:
+        try:
+            with _moved([vae], device):
+                optimizations.set_vae_tiling(vae, was_tiling or (is_large and device.type != "cpu"))
                 return [item if item is None else self._picture(index, item) for index, item in enumerate(latents)]
-            finally:
-                optimizations.set_vae_tiling(vae, was_tiling)
+        except (MemoryError, RuntimeError) as error:
+            if not optimizations.is_out_of_memory(error):
+                raise
+        finally:
+            optimizations.set_vae_tiling(vae, was_tiling)
+        self._say("samples are left out at this step: memory ran out for the VAE")
+        return [None] * len(latents)
 
     def _picture(self, index: int, latents: Tensor) -> Image.Image | None:
         vae = self._model.pipeline.vae

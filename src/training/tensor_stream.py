@@ -36,7 +36,8 @@ def streamed(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) ->
     def pieces() -> Iterator[bytes | memoryview]:
         yield struct.pack("<Q", len(header)) + header
         for name in order:
-            held = tensors[name].detach().to("cpu", stored[name]).contiguous()
+            # Converted on the CPU: on a Mac, a copy that converts may overwrite its source (pytorch#189563).
+            held = tensors[name].detach().cpu().to(stored[name]).contiguous()
             yield memoryview(held.reshape(-1).view(torch.uint8).numpy())
 
     return Stream(8 + len(header) + offset, pieces)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ from src.dataset import Dataset, Example, read_dataset
 from src.diffusion import NoiseSchedule, check_loss
 from src.errors import ExitCode, UserError, refused, usage_error
 from src.model_shapes import read_shapes
-from src.terminal import Terminal, counted
+from src.terminal import Terminal, counted, shell_word
 from src.train_config import TrainRun, check_warmup
 from src.training.adapter_learning import AdapterLearning
 from src.training.batches import Feeder, Trainee, versions_of
@@ -70,6 +69,7 @@ class Trainer:
         self.learning.settle()
         self.progress = Progress()
         self._checkpoints_gradients = bool(run.train.gradient_checkpointing)
+        self._is_encoding = False
 
     def say(self, line: str) -> None:
         """A line on the terminal, from one process only."""
@@ -216,12 +216,14 @@ class Trainer:
             pipeline, cache, encoder_id=weights_digest(encoders), stores_in=rounds_to, device=device, say=self.say
         )
         learnt = [version for example in dataset.train for version in versions_of(example, train)]
+        self._is_encoding = True
         with self.accelerator.main_process_first():  # the others find everything in the cache
             latents.encode([*learnt, *dataset.held_out, *priors], False, self._encoding("pictures"))
             if train.flip:
                 latents.encode(learnt, True, self._encoding("mirrored pictures"))
             captions = [caption for example in (*dataset.train, *dataset.held_out, *priors) for caption in example.captions]
             texts.encode(captions, self._encoding("captions"))
+        self._is_encoding = False
         self.terminal.end_progress()
         judge = Judge(self.run, model, dataset, latents, texts, schedule, self.accelerator, self.say)
         optimizations.free_memory()  # what the encoders worked in, before the U-Net takes its place
@@ -332,6 +334,8 @@ class Trainer:
     def _way_out(self) -> str:
         """The next smaller thing to try."""
         train = self.run.train
+        if self._is_encoding:
+            return "use a smaller --resolution"
         if not self._checkpoints_gradients:
             return "use --gradient_checkpointing"
         if train.batch_size > 1:
@@ -360,8 +364,8 @@ def resume_command(run: TrainRun, processes: int = 1) -> str:
     """What to type to go on after an interruption."""
     launcher = "python" if processes == 1 else f"accelerate launch --multi_gpu --num_processes {processes}"
     usual = type(run)().train.output_dir
-    output = f" --output_dir {shlex.quote(run.train.output_dir)}" if run.train.output_dir != usual else ""
-    return f"{launcher} -m {run.door} --dataset_dir {shlex.quote(run.train.dataset_dir)}{output} --resume"
+    output = f" --output_dir {shell_word(run.train.output_dir)}" if run.train.output_dir != usual else ""
+    return f"{launcher} -m {run.door} --dataset_dir {shell_word(run.train.dataset_dir)}{output} --resume"
 
 
 def class_folder(run: TrainRun) -> Path:

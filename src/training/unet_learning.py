@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from src.checkpoints import CheckpointFolder
 from src.config import AppConfig
 from src.dataset import Dataset
 from src.finetune_config import USUAL_VERSIONS, USUAL_WARMUP, FinetuneRun
+from src.terminal import shell_word
 from src.training.engine import autocast_dtype
 from src.training.learning_layers import exchange_learning_layers
 from src.training.model_saving import ModelSaver
@@ -105,4 +105,4 @@ class UnetLearning:
 
     def draw_command(self, final: Path, prompt: str) -> str:
         """How to draw with the result."""
-        return f"python main.py {shlex.quote(prompt)} --model {shlex.quote(str(final))}"
+        return f"python main.py {shell_word(prompt)} --model {shell_word(str(final))}"
