@@ -32,7 +32,7 @@ def run_door(tmp_path: Path):
     [
         (["--help"], "exit codes"),
         (["-h"], "--negative-prompt"),
-        (["--version"], "0.3"),
+        (["--version"], "0.4"),
         (["--list-schedulers"], "DPM++ 2M"),
         (["test", "--estimate-vram", "--width", "768", "--height", "768"], "peak"),
         (["test", "--estimate-vram", "--model", "sdxl", "--max-vram", "6"], "offload"),
@@ -169,3 +169,10 @@ sys.meta_path.insert(0, Interrupt())
     assert result.returncode == 130
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith("interrupted")
+
+
+def test_a_python_without_the_packages_says_how_to_get_them(run_door) -> None:
+    answer = run_door("a red circle", "--model", "embedded")
+    assert answer.returncode == 1
+    assert "is not installed in this Python; activate the environment" in answer.stderr
+    assert "Traceback" not in answer.stderr

@@ -48,7 +48,7 @@ def test_job_lines(data: bytes, lines: list[tuple[int, str]], tmp_path: Path) ->
     [
         (b"fine\nfonc\xe9\n", "line 2 is not UTF-8 (byte 0xe9)"),
         (b"\xef\xbb\xbfa\nb\n\xff", "line 3 is not UTF-8 (byte 0xff)"),
-        ("a cat".encode("utf-16"), "line 1 is not UTF-8 (byte 0xff)"),
+        (b"\xff\xfe\x00\xd8", "line 1 is not UTF-8 (byte 0xff)"),
     ],
 )
 def test_a_file_that_is_not_utf8_is_refused(data: bytes, words: str, tmp_path: Path) -> None:

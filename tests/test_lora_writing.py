@@ -383,5 +383,5 @@ def test_what_cannot_be_written_is_refused_in_one_line(case):
 
 def test_file_names_are_safe():
     _, layers, _ = made("SD1")
-    for name, file in {"../../a b": "a_b", "": "lora", "CON:\\": "CON", "ünï": "ünï"}.items():
+    for name, file in {"../../a b": "a_b", "": "lora", "CON:\\": "CON_lora", "ünï": "ünï"}.items():
         assert set(adapter_files(layers, AdapterFacts("SD1", name), ["kohya"])) == {f"{file}.safetensors"}

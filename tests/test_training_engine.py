@@ -21,7 +21,8 @@ def built(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     asked: dict[str, Any] = {}
     monkeypatch.setattr(base_models, "pick_device", lambda name: CARD)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.update(card=device))
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "RTX 2060")
     monkeypatch.setattr(engine, "Accelerator", lambda **options: asked.update(options))
     return asked
 
@@ -52,7 +53,24 @@ def test_precision_is_as_asked_for_or_as_the_weights(built: dict[str, Any], froz
 
 
 def test_a_card_without_bf16_trains_in_fp16_with_its_scaler(built: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    engine.build_accelerator(run_of())
+    assert built["mixed_precision"] == "fp16"
+    for frozen, mixed in (("auto", "bf16"), ("bf16", "auto")):
+        with pytest.raises(UserError, match=r"RTX 2060 only imitates bf16.*--mixed_precision fp16"):
+            engine.build_accelerator(run_of(frozen, mixed))
+
+
+def test_the_card_that_trains_is_asked_and_of_several_processes_all(built: dict[str, Any], monkeypatch) -> None:
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: (7, 5) if torch.device(device).index == 0 else (8, 6)
+    )
+    engine.build_accelerator(run_of())
+    assert built["mixed_precision"] == "bf16"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda card: (7, 5) if card == 0 else (8, 6))
     engine.build_accelerator(run_of())
     assert built["mixed_precision"] == "fp16"
 

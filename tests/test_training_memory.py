@@ -179,6 +179,21 @@ def test_checkpointing_is_chosen_only_where_it_is_needed() -> None:
     assert forced.need.gradient_checkpointing
 
 
+def test_a_card_encodes_and_decodes_in_fp32_whatever_it_computes_in() -> None:
+    shapes = bundled_shapes("sdxl")
+    peaks = {kind: predict(shapes, TrainingNeed(1024, precision=kind, samples=True)) for kind in ("fp16", "bf16")}
+    assert peaks["fp16"] == peaks["bf16"]
+    on_cpu = predict(shapes, TrainingNeed(1024, precision="bf16"), on_card=False)
+    assert on_cpu[0].weights_bytes < peaks["bf16"][0].weights_bytes
+
+
+def test_samples_that_do_not_fit_are_no_reason_to_compute_twice() -> None:
+    plan = choose(bundled_shapes("sd15"), TrainingNeed(512, samples=True), 3 * GIB)
+    assert not plan.fits
+    assert not plan.need.gradient_checkpointing
+    assert "--no-samples" in plan.advice
+
+
 def test_what_does_not_fit_says_which_switch_would() -> None:
     shapes = bundled_shapes("sdxl")
     plan = choose(shapes, TrainingNeed(1024, rank=8), 5 * GIB)

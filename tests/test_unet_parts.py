@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from transformers.optimization import Adafactor
 
 from src.finetune_config import PARTS, FinetuneConfig
 from src.model_shapes import bundled_shapes
@@ -13,7 +14,7 @@ from src.training import speed
 from src.training.learning_layers import exchange_learning_layers
 from src.training.unet_network import UnetNetwork
 from src.training_memory import TrainingNeed, choose, describe, predict, step_activation_bytes
-from src.unet_parts import part_numbers
+from src.unet_parts import convolution_numbers, part_numbers
 from tests.test_training_memory import FusedAttention, trace_step
 
 GIB = 2**30
@@ -39,6 +40,26 @@ def build(name: str, part: str) -> UnetNetwork:
 def test_the_numbers_of_a_part_are_those_of_the_network(name: str, part: str) -> None:
     numbers = sum(parameter.numel() for parameter in build(name, part).trainable().values())
     assert part_numbers(bundled_shapes(name), part) == numbers > 0
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "embedded"])
+def test_the_kernels_of_a_part_are_those_of_the_network(name: str, part: str) -> None:
+    kernels = {
+        name: weight for name, weight in build(name, part).trainable().items()
+        if weight.ndim == 4 and not name.removeprefix("unet.").startswith(("conv_in", "conv_out"))
+    }  # fmt: skip
+    sizes = [sum(weight.numel() for weight in kernels.values() if weight.shape[-1] == side) for side in (3, 1)]
+    assert convolution_numbers(bundled_shapes(name), part) == tuple(sizes)
+
+
+@pytest.mark.parametrize(("side", "numbers"), [(3, 4 * 6 * 6), (1, 4 * 6 * 2)])
+def test_adafactor_keeps_of_a_kernel_what_is_predicted(side: int, numbers: int) -> None:
+    kernel = torch.nn.Parameter(torch.randn(4, 6, side, side))
+    optimizer = Adafactor([kernel], lr=1e-3, scale_parameter=False, relative_step=False, warmup_init=False)
+    kernel.grad = torch.randn_like(kernel)
+    optimizer.step()
+    assert sum(value.numel() for value in optimizer.state[kernel].values() if torch.is_tensor(value) and value.ndim) == numbers
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
