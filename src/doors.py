@@ -42,17 +42,19 @@ def guard(argv: Sequence[str], terminal: Terminal, action: Callable[[], int], on
         terminal.each_speaks = False
         terminal.say(on_interrupt)
         return ExitCode.INTERRUPTED
-    except ModuleNotFoundError as error:
-        if "--debug" in argv or (error.name or "src").partition(".")[0] == "src":
-            raise
-        way_out = "activate the environment (source .venv/bin/activate), or install with make demo"
-        terminal.error(f"the package {error.name} is not installed in this Python; {way_out}", ExitCode.FAILURE)
-        return ExitCode.FAILURE
     except BrokenPipeError:  # the reader of our output is gone, e.g. `| head`
         sys.stdout = None
         return ExitCode.FAILURE
     except Exception as error:
         if "--debug" in argv:
             raise
-        terminal.error(explain_unexpected(error), ExitCode.FAILURE)
+        terminal.error(_not_installed(error) or explain_unexpected(error), ExitCode.FAILURE)
         return ExitCode.FAILURE
+
+
+def _not_installed(error: Exception) -> str | None:
+    """What to do about a package that this Python does not have; None for any other error."""
+    if not isinstance(error, ModuleNotFoundError) or (error.name or "src").partition(".")[0] == "src":
+        return None
+    way_out = "activate the environment (source .venv/bin/activate), or install with make demo"
+    return f"the package {error.name} is not installed in this Python; {way_out}"
