@@ -44,14 +44,10 @@ CLASSES = {
     "feature_extractor": transformers.CLIPImageProcessor,
     **dict.fromkeys(TOKENIZERS, transformers.CLIPTokenizer),
 }
-_NETWORKS = (
-    "model.diffusion_model.",
-    "first_stage_model.",
-    "vae.",
-    "cond_stage_model.",
-    "conditioner.",
-)  # of a file in the original layout
-_FIRST_UNET_WEIGHT = "model.diffusion_model.input_blocks.0.0.weight"
+# What the tensors' names begin with in a file in the original layout.
+_UNET_WEIGHTS, _VAE_WEIGHTS = "model.diffusion_model.", ("first_stage_model.", "vae.")
+_OTHER_WEIGHTS = ("cond_stage_model.", "conditioner.")
+_FIRST_UNET_WEIGHT = f"{_UNET_WEIGHTS}input_blocks.0.0.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +81,10 @@ class LoadedModel:
         return (size if isinstance(size, int) else min(size)) * self.pipeline.vae_scale_factor
 
 
-def load(config: AppConfig) -> LoadedModel:
+def load(config: AppConfig, vae_dtype: torch.dtype | None = None) -> LoadedModel:
     """Find the model, fetch it if it is a hub id that is in no cache, and load it; nothing is moved to the device yet.
+
+    ``vae_dtype``: of the VAE alone, straight from its file; None stands for that of all.
 
     Raises UserError: usage (device or precision), not found, or refused (pickle, code, other families, damaged files).
     """
@@ -100,9 +98,10 @@ def load(config: AppConfig) -> LoadedModel:
     source = model_source.resolve(
         wanted.model_id, cache, wanted.offline, revision=wanted.revision, include_safety_checker=checker
     )
+    dtypes = dict.fromkeys(model_files.WEIGHT_STEMS, dtype) | {"vae": vae_dtype or dtype}
     if source.kind == "file":
         weights_path = source.path
-        family, parts, folder = _load_single_file(source.path, wanted.architecture, dtype, cache, wanted.offline)
+        family, parts, folder = _load_single_file(source.path, wanted.architecture, dtypes, cache, wanted.offline)
     else:
         folder = source.path or downloads.download_model(
             wanted.model_id, cache, wanted.revision, precision=_precision(dtype), include_safety_checker=checker
@@ -110,10 +109,10 @@ def load(config: AppConfig) -> LoadedModel:
         family = model_files.family_of(folder)
         classes = model_files.check_folder(folder, checker)
         weights_path = _weight_files(folder / "unet", "unet", dtype)[0]
-        parts = {name: _load_component(folder / name, name, kind, dtype) for name, kind in classes.items()}
+        parts = {name: _load_component(folder / name, name, kind, dtypes.get(name, dtype)) for name, kind in classes.items()}
     vae_name = None
     if wanted.vae:
-        parts["vae"], vae_name = _load_other_vae(wanted.vae, parts["vae"], folder, dtype, cache, wanted.offline)
+        parts["vae"], vae_name = _load_other_vae(wanted.vae, parts["vae"], folder, dtypes["vae"], cache, wanted.offline)
     pipeline = _assemble(family, parts)
     cpu_memory.give_back()
     scheduler_config = dict(pipeline.scheduler.config)
@@ -124,7 +123,7 @@ def unet_tensors(model: LoadedModel, dtype: torch.dtype) -> dict[str, torch.Tens
     """The U-Net's tensors once more from its files, whatever became of the loaded ones. Raises UserError (refused)."""
     unet, path = model.pipeline.unet, model.weights_path
     if path.parent != model.config_folder / "unet":  # a single file in the original layout
-        tensors = _read(path, dtype, (_NETWORKS[0],))
+        tensors = _read(path, dtype, (_UNET_WEIGHTS,))
         return model_weights.renamed_from_checkpoint("unet", unet, tensors)
     files = _weight_files(path.parent, "unet", model.dtype)
     tensors = {name: tensor for file in files for name, tensor in _read(file, dtype).items()}
@@ -140,7 +139,7 @@ def unet_is_finer_than_fp16(model: LoadedModel) -> bool:
         info.dtype
         for file in files
         for name, info in read_header(file).tensors.items()
-        if not is_single_file or name.startswith(_NETWORKS[0])
+        if not is_single_file or name.startswith(_UNET_WEIGHTS)
     }
     return bool(kinds & {"BF16", "F32", "F64"})
 
@@ -257,7 +256,7 @@ def _weight_files(folder: Path, component: str, dtype: torch.dtype) -> list[Path
 
 
 def _load_single_file(
-    path: Path, architecture: str | None, dtype: torch.dtype, cache: Path, offline: bool
+    path: Path, architecture: str | None, dtypes: dict[str, torch.dtype], cache: Path, offline: bool
 ) -> tuple[Family, dict[str, Any], Path]:
     """A checkpoint in the original layout: its family, its components, and the folder with their configurations.
 
@@ -270,13 +269,13 @@ def _load_single_file(
     classes = model_files.read_components(folder, include_safety_checker=False)
     has_tokenizers = all(_is_whole(folder / name, name) for name in classes if name in TOKENIZERS)
     tokenizers = folder if has_tokenizers else downloads.download_tokenizer(family, cache, offline=offline)
-    tensors = _read(path, dtype, _NETWORKS)
+    tensors = _read(path, dtypes["unet"], (_UNET_WEIGHTS, *_OTHER_WEIGHTS)) | _read(path, dtypes["vae"], _VAE_WEIGHTS)
     parts: dict[str, Any] = {}
     for name, kind in classes.items():
         if name in model_files.WEIGHT_STEMS:
             parts[name] = _convert(path, name, kind, tensors, folder)
         else:
-            parts[name] = _load_component((tokenizers if name in TOKENIZERS else folder) / name, name, kind, dtype)
+            parts[name] = _load_component((tokenizers if name in TOKENIZERS else folder) / name, name, kind, dtypes["unet"])
     if prediction and not architecture:
         changes = {"prediction_type": prediction} | ({"rescale_betas_zero_snr": True} if "ztsnr" in header.tensors else {})
         parts["scheduler"] = type(parts["scheduler"]).from_config(parts["scheduler"].config, **changes)
@@ -297,7 +296,7 @@ def _convert(path: Path, component: str, class_name: str, tensors: dict[str, tor
     model, missing = _checked(path, build, hint)
     if missing:
         raise refused(f"{path}: {len(missing)} tensors are missing, such as {component}.{missing[0]}; {hint}")
-    surplus = sum(name.startswith("model.diffusion_model.") for name in tensors) - len(model.state_dict())
+    surplus = sum(name.startswith(_UNET_WEIGHTS) for name in tensors) - len(model.state_dict())
     if component == "unet" and surplus:
         raise refused(f"{path}: its U-Net has {surplus} tensors too many; {hint}")
     return model.eval()
@@ -316,8 +315,10 @@ def _load_other_vae(
     """
     source = model_source.resolve_vae(vae, cache, offline)
     if source.kind == "file":
-        names, own = read_header(source.path).tensors, ("first_stage_model.", "vae.")
-        prefixes = own if any(name.startswith(own) for name in names) else ("",)  # of a whole checkpoint, or a VAE's own file
+        names = read_header(source.path).tensors
+        prefixes = (
+            _VAE_WEIGHTS if any(name.startswith(_VAE_WEIGHTS) for name in names) else ("",)
+        )  # of a whole checkpoint, or a VAE's own file
         return _convert(source.path, "vae", "AutoencoderKL", _read(source.path, dtype, prefixes), config_folder), source.name
     folder = source.path or downloads.download_vae(vae, cache, precision=_precision(dtype))
     other = _load_component(model_files.vae_folder(folder), "vae", "AutoencoderKL", dtype)

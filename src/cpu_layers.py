@@ -30,6 +30,7 @@ from src.cpu_kernels import HAS_ONEDNN, CpuAttention, is_plain, packs_in
 CAN_PACK = HAS_ONEDNN and platform.machine().lower() in ("x86_64", "amd64")
 
 LARGE_BYTES = 1 << 19
+SMALL_UNET_BYTES = 64 << 20  # up to so many its weights are kept in two orders: guidance that ends half-way asks for both
 
 _linear = torch.ops.mkldnn._linear_pointwise if CAN_PACK else None
 _convolution = torch.ops.mkldnn._convolution_pointwise if CAN_PACK else None
@@ -48,6 +49,10 @@ def prepare_for_drawing(unet: UNet2DConditionModel, exchange_attention: bool = T
         elif type(module) is nn.Linear:
             module.__class__ = PackedLinear
     _exchange_blocks(unet)
+    packed = [module for module in unet.modules() if isinstance(module, _Packed)]
+    lying = [*unet.parameters(), *(part for module in packed for part in module._parts)]
+    for module in packed:
+        module.keeps_two = sum(part.nbytes for part in lying) <= SMALL_UNET_BYTES
 
 
 def prepare_decoding(vae: AutoencoderKL) -> None:
@@ -82,11 +87,13 @@ class _Packed:
     """A layer whose weight is packed for the shape of its input, in place of the weight itself; for another one, anew.
 
     An order that suits one size makes another up to five times as slow; packing a U-Net takes less time than a step, so that
-    even a last batch of fewer pictures is worth it.
+    even a last batch of fewer pictures is worth it. A small U-Net ``keeps_two``: the order before comes back at once.
     """
 
+    keeps_two = False
     _parts: tuple[Tensor, ...] = ()  # of the weight, along its outputs, in oneDNN's order
     _packed_for: torch.Size | None = None
+    _before: tuple[torch.Size | None, tuple[Tensor, ...]] = (None, ())  # what both were for the shape before
     _parameters: dict[str, nn.Parameter]
 
     @property
@@ -103,7 +110,7 @@ class _Packed:
         """To another device or precision: as an ordinary weight."""
         if self._parts:
             weight = self.weight.detach()
-            self._parts, self._packed_for = (), None
+            self._parts, self._packed_for, self._before = (), None, (None, ())
             self._parameters["weight"] = nn.Parameter(weight)
         return super()._apply(fn, recurse)
 
@@ -113,7 +120,11 @@ class _Packed:
         return x.dtype == weight.dtype and packs_in(x.dtype) and not (torch.is_grad_enabled() and x.requires_grad)
 
     def _packed(self, x: Tensor) -> tuple[Tensor, ...]:
-        if x.shape != self._packed_for:
+        if x.shape == self._before[0]:
+            (self._packed_for, self._parts), self._before = self._before, (self._packed_for, self._parts)
+        elif x.shape != self._packed_for:
+            if self.keeps_two and self._parts:
+                self._before = self._packed_for, self._parts
             with cpu_memory.for_weights():
                 self._parts = self._pack(self.weight.detach(), x)
             self._packed_for = x.shape

@@ -35,7 +35,7 @@ def _run(argv: Sequence[str], terminal: Terminal) -> int:
         return ExitCode.OK
     run = build_run(typed)
     if "estimate_vram" in typed:
-        from src.training_memory import estimate
+        from src.training_plan import estimate
 
         result = estimate(run)
         print(json.dumps(result.as_json()) if terminal.as_json else result.text())

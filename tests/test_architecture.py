@@ -15,7 +15,7 @@ LIGHT = [
     "tensor_files", "images", "prompts", "captions", "prepared_folder", "buckets", "augmentation", "dataset", "recipe_dialects", "recipe", "jobs", "schedulers",
     "request", "named_files", "model_files", "model_shapes", "unet_weights", "memory_prediction", "memory_plan", "plan_report",
     "measured_peaks", "model_source", "downloads", "estimate", "terminal",
-    "doors", "session", "flags", "arguments", "orders", "recipe_orders", "unet_parts", "training_memory", "saved_datasets", "training_start", "train_arguments", "finetune_arguments", "lean_imports",
+    "doors", "session", "flags", "arguments", "orders", "recipe_orders", "unet_parts", "training_memory", "training_plan", "saved_datasets", "training_start", "train_arguments", "finetune_arguments", "lean_imports",
 ]  # fmt: skip
 HEAVY = [
     "scenes", "quantization", "native", "cpu_kernels", "cpu_memory", "cpu_layers", "optimizations", "model_weights", "base_models", "conditioning",

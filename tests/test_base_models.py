@@ -277,6 +277,29 @@ def test_another_vae_from_a_folder_or_a_file(here, shelf):
     assert "decoder.conv_out.bias" in refusal(ExitCode.REFUSED, load, settings(shelf / "SD1", vae="original.safetensors"))
 
 
+@pytest.mark.parametrize("source", ["SD1", "SD1.safetensors"])
+def test_the_vae_alone_may_be_exact(here, shelf, source):
+    """What a training encodes with on a card: not rounded to the precision of the rest on its way."""
+    config = settings(
+        shelf / source, precision="bf16", **({"architecture": str(shelf / "SD1-configs")} if "." in source else {})
+    )
+    model = load(config, vae_dtype=torch.float32)
+    exact = tiny.sd1().vae.state_dict()
+    loaded = model.pipeline.vae.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in exact.items())
+    assert {item.dtype for item in model.pipeline.unet.parameters()} == {torch.bfloat16}
+    other = settings(
+        shelf / source,
+        precision="bf16",
+        vae=str(shelf / "SD1"),
+        **({"architecture": str(shelf / "SD1-configs")} if "." in source else {}),
+    )
+    assert torch.equal(
+        load(other, vae_dtype=torch.float32).pipeline.vae.state_dict()["decoder.conv_in.weight"],
+        exact["decoder.conv_in.weight"],
+    )
+
+
 def test_a_vae_of_another_family_is_refused(here, shelf):
     vae = tiny.vae()
     vae.register_to_config(scaling_factor=0.13025)  # SDXL's

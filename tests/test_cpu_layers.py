@@ -84,6 +84,35 @@ def test_a_unet_draws_the_same_at_any_size(family: str, dtype: torch.dtype) -> N
 
 
 @needs_packing
+def test_a_small_unet_keeps_the_orders_of_two_sizes(monkeypatch) -> None:
+    """Guidance that ends half-way halves the batch in every picture: its weights are not put in order anew each time."""
+    plain, small, large = (tiny_unet() for _ in range(3))
+    prepare_for_drawing(small)
+    whole = sum(weight.nbytes for weight in plain.parameters())
+    monkeypatch.setattr(cpu_layers, "SMALL_UNET_BYTES", whole - 1)
+    prepare_for_drawing(large)
+    draw(large)
+    prepare_for_drawing(large)  # what is packed by now counts, too
+    packed: list[nn.Module] = []
+    for kind in (PackedLinear, GatedLinear, PackedConv2d):
+        pack = kind._pack
+        monkeypatch.setattr(kind, "_pack", lambda layer, weight, x, pack=pack: packed.append(layer) or pack(layer, weight, x))
+    counts = {}
+    for name, unet in (("small", small), ("large", large)):
+        counts[name] = []
+        for batch in (3, 1, 3, 1, 4, 1):
+            packed.clear()
+            assert_close(draw(unet, batch=batch), draw(plain, batch=batch), torch.float32)
+            counts[name].append(len(packed))
+    assert all(counts["large"])
+    layers = counts["small"][0]
+    assert counts["small"] == [layers, counts["small"][1], 0, 0, counts["small"][1], 0]
+    assert 0 < counts["small"][1] <= layers
+    small.to(torch.bfloat16).to(torch.float32)  # what was packed is forgotten with the weights that it was
+    assert_close(draw(small, batch=1), draw(plain.to(torch.bfloat16).to(torch.float32), batch=1), torch.float32)
+
+
+@needs_packing
 def test_weights_are_held_once_and_can_be_read_as_they_were() -> None:
     unet = tiny_unet()
     before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}

@@ -14,20 +14,20 @@ from src.scratch.settings import PHASES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-LINES = [line.split("   #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
-PAGES = [README, *((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("preparing.md", "training.md"))]
-ALL_LINES = [
-    line.split("   #")[0].strip()
-    for page in PAGES
-    for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
-    for line in block.splitlines()
-    if line.strip()
-]
-TRAINING = [line for line in ALL_LINES if "src.train_lora " in line]
-FINETUNING = [line for line in ALL_LINES if "src.finetune " in line]
-SCRATCH = [line for line in ALL_LINES if "src.scratch " in line]
-PREPARING = [line for line in ALL_LINES if "src.prepare_dataset " in line]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINES = list(
+    dict.fromkeys(
+        line.split("   #")[0].strip()
+        for page in PAGES
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+        for line in block.splitlines()
+        if line.strip()
+    )
+)
+TRAINING = [line for line in LINES if "src.train_lora " in line]
+FINETUNING = [line for line in LINES if "src.finetune " in line]
+SCRATCH = [line for line in LINES if "src.scratch " in line]
+PREPARING = [line for line in LINES if "src.prepare_dataset " in line]
 COMMANDS = [line for line in LINES if line.startswith("python main.py")]
 QUICK = ("--estimate-vram", "--list-schedulers", "--help")
 
@@ -120,9 +120,14 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
     assert "make test " in README
 
 
-def test_pictures_and_linked_files_are_there() -> None:
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", README):
-        assert (ROOT / target).is_file(), target
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pictures_linked_files_and_headings_are_there(page: Path) -> None:
+    for target, heading in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+        linked = page.parent / target if target else page
+        assert linked.is_file(), target
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}, heading
 
 
 def test_the_file_map_names_every_source_file() -> None:

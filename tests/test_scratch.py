@@ -290,7 +290,7 @@ def test_an_assembled_model_is_unpacked_and_its_unet_goes_on(made: Path, tmp_pat
         assert all(after.facts[part] == before.facts[part] for part in ("settings", "figures"))
     capsys.readouterr()
     assert main(["unpack", "--model", str(model), *work]) == 0  # what is there stays
-    more = arguments(**{"unet.begin_from": model, "unet.steps": 1, "unet.seed": 4})
+    more = arguments(**{"unet.begin_from": model, "unet.steps": 1, "unet.seed": 4, "unet.transformer_layers": 2})
     assert main(["unet", *work, *more]) == main(["assemble", *work, "--out", str(tmp_path / "more")]) == 0
     old, new = (json.loads((folder / "card.json").read_text()) for folder in (model, tmp_path / "more"))
     noted = page_of({**new, "began_from": {**new["began_from"], "note": "The rate was another."}})
@@ -304,9 +304,10 @@ def test_an_assembled_model_is_unpacked_and_its_unet_goes_on(made: Path, tmp_pat
         load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"].float()
         for folder in (model, tmp_path / "more")
     ]
-    assert (
-        0 < float((weights[1] - weights[0]).abs().max()) < 1e-3
-    )  # one step of warm-up from where it was, not from another seed's beginning
+    assert 0 < float((weights[1] - weights[0]).abs().max()) < 1e-3  # one step of warm-up from where it was
+    back = arguments(**{"unet.begin_from": tmp_path / "more", "unet.steps": 1})
+    assert main(["unet", *work, "--restart", *back]) == ExitCode.USAGE
+    assert "another build; go on with --set unet.transformer_layers=2" in capsys.readouterr().err
 
 
 def test_what_cannot_be_unpacked_or_gone_on_from_is_said(made: Path, copied: Path, tmp_path: Path, capsys) -> None:

@@ -202,6 +202,20 @@ def test_timesteps_come_as_often_as_they_weigh_and_evenly_within_a_batch() -> No
     assert drawn.tolist() == pytest.approx([1 / 8, 0, 3 / 8, 1 / 2], abs=0.01)
 
 
+def test_more_transformer_layers_begin_as_the_network_that_was() -> None:
+    shallow, deep = (unet.build(UnetSettings(channels=(32, 64), transformer_layers=layers), 64, (4, 8)) for layers in (1, 3))
+    deep.load_state_dict(unet.deepened(shallow.state_dict(), 1, 3))
+    x, t, c = torch.randn(2, 4, 8, 8), torch.tensor([900, 100]), torch.randn(2, 7, 64)
+    with torch.no_grad():
+        before = shallow(x, t, c).sample
+        assert torch.equal(deep(x, t, c).sample, before)
+    added = [name for name, _ in deep.named_parameters() if ".transformer_blocks.2." in name]
+    assert len(added) == len([name for name, _ in shallow.named_parameters() if ".transformer_blocks.0." in name])
+    deep(x, t, c).sample.square().mean().backward()  # and they can learn
+    moved = [dict(deep.named_parameters())[name].grad.abs().max() > 0 for name in added if "to_out.0.weight" in name]
+    assert all(moved)
+
+
 def test_shapes_are_told_cell_by_cell_from_the_middle_block() -> None:
     torch.manual_seed(0)
     network = unet.build(UnetSettings(channels=(32, 64)), 64, (4, 16))

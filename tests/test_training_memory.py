@@ -24,13 +24,11 @@ from src.training.network import LoraNetwork
 from src.training_memory import (
     TrainingNeed,
     adapter_numbers,
-    choose,
-    describe,
-    estimate,
     predict,
     step_activation_bytes,
     text_activation_bytes,
 )
+from src.training_plan import choose, describe, estimate
 from src.unet_weights import unet_bytes
 
 MB = 1_000_000

@@ -13,7 +13,8 @@ from src.model_shapes import bundled_shapes
 from src.training import speed
 from src.training.learning_layers import exchange_learning_layers
 from src.training.unet_network import UnetNetwork
-from src.training_memory import TrainingNeed, choose, describe, predict, step_activation_bytes
+from src.training_memory import TrainingNeed, predict, step_activation_bytes
+from src.training_plan import choose, describe
 from src.unet_parts import convolution_numbers, part_numbers
 from tests.test_training_memory import FusedAttention, trace_step
 

@@ -18,6 +18,7 @@ CARD, PAGE, SAMPLES = "card.json", "README.md", "samples.png"
 SKILL = "adherence, "  # how the figures of the last examination are called
 BEGAN_FROM = "began_from.json"  # beside a U-Net that went on learning: what the model before says of its own
 PARTS = {"unet": "unet", "vae": "vae", "tokenizer": "tokenizer", "clip": "clip"}  # folder: phase
+LAYERS = "transformer_layers"  # may be more than the model's: `src.scratch.unet.deepened`
 BUILD = ("channels", "layers", "attention_levels", "head_width")  # settings that a U-Net's weights depend on
 
 
@@ -65,6 +66,7 @@ def check_begin(model: Path, settings: UnetSettings, work: Work) -> dict[str, An
     card = read_card(model)
     learnt, asked = card["phases"]["unet"]["settings"], settings_of(ScratchSettings(unet=settings), "unet")
     differing = [f"{name}={_typed(learnt.get(name))}" for name in BUILD if learnt.get(name) != asked[name]]
+    differing += [f"{LAYERS}={layers}"] if (layers := learnt.get(LAYERS, 1)) > asked[LAYERS] else []
     if differing:
         typed = " ".join(f"--set unet.{setting}" for setting in differing)
         raise usage_error(f"{model}: its U-Net is of another build; go on with {typed}")

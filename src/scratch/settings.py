@@ -88,6 +88,7 @@ class UnetSettings:
     channels: tuple[int, ...] = (64, 128)
     layers: int = 1  # of each level downwards, one more upwards
     attention_levels: int = 1  # the innermost so many attend to pixels and caption
+    transformer_layers: int = 1  # of each block that attends; more than begin_from has begin as copies that add nothing
     head_width: int = 32
     caption_dropout: float = 0.1  # what guidance needs: some captions are empty where nearly all is noise ...
     caption_dropout_clear: float = 0.5  # ... and some where the picture is nearly clear

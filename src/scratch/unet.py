@@ -44,7 +44,7 @@ from src.images import contact_sheet, encode_png
 from src.scenes.drawing import shapes_map
 from src.scenes.grammar import SHAPES
 from src.scratch import clip, phase_report, vae
-from src.scratch.card import BEGAN_FROM, SAMPLES, SKILL, check_begin, files_of
+from src.scratch.card import BEGAN_FROM, LAYERS, SAMPLES, SKILL, check_begin, files_of
 from src.scratch.learning import Lesson, device_of, learn, precision_of
 from src.scratch.muon import has_fast_bf16
 from src.scratch.phases import Work
@@ -110,7 +110,8 @@ def build(settings: UnetSettings, text_width: int, latents: tuple[int, int]) -> 
         sample_size=side, in_channels=channels, out_channels=channels, block_out_channels=settings.channels,
         down_block_types=tuple("CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in attends),
         up_block_types=tuple("CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)),
-        layers_per_block=settings.layers, cross_attention_dim=text_width, norm_num_groups=16,
+        layers_per_block=settings.layers, transformer_layers_per_block=settings.transformer_layers,
+        cross_attention_dim=text_width, norm_num_groups=16,
         attention_head_dim=tuple(width // settings.head_width for width in settings.channels),  # the number of heads, in truth
         addition_embed_type="text", addition_embed_type_num_heads=text_width // math.gcd(text_width, settings.head_width),
         resnet_time_scale_shift="scale_shift",
@@ -128,12 +129,28 @@ def begin(unet: UNet2DConditionModel, work: Work, settings: UnetSettings) -> tup
     model = Path(settings.begin_from).expanduser()
     card = check_begin(model, settings, work)
     try:
-        unet.load_state_dict(safetensors.torch.load(files_of(model, card, "unet")[WEIGHTS]))
+        weights = safetensors.torch.load(files_of(model, card, "unet")[WEIGHTS])
+        unet.load_state_dict(deepened(weights, card["phases"]["unet"]["settings"].get(LAYERS, 1), settings.transformer_layers))
     except (RuntimeError, KeyError, safetensors.SafetensorError):
         raise refused(f"{model}: its U-Net is damaged; assemble the model again") from None
     before = {"command": card["command"], "unet": card["phases"]["unet"]}
     before |= {name: card[name] for name in ("note", "began_from") if name in card}
     return int(card["phases"]["unet"]["figures"]["samples"]), {BEGAN_FROM: json.dumps(before, indent=2).encode()}
+
+
+def deepened(weights: dict[str, Tensor], before: int, after: int) -> dict[str, Tensor]:
+    """The weights of a U-Net whose attending blocks had ``before`` transformer layers, for one with ``after``.
+
+    Each layer more begins as a copy of the last that adds nothing yet, so the network gives what it gave, bit for bit
+    (block expansion: Wu et al. 2024, arXiv 2401.02415, section 3.2).
+    """
+    added = {}
+    for name, tensor in weights.items():
+        stem, last, leaf = name.partition(f".transformer_blocks.{before - 1}.")
+        adds = leaf.startswith(("attn1.to_out.", "attn2.to_out.", "ff.net.2."))  # what goes onto the state
+        for layer in range(before, after) if last else ():
+            added[f"{stem}.transformer_blocks.{layer}.{leaf}"] = torch.zeros_like(tensor) if adds else tensor.clone()
+    return weights | added
 
 
 def prepared(unet: UNet2DConditionModel, device: torch.device) -> UNet2DConditionModel:

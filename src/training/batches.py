@@ -60,7 +60,16 @@ class Batch:
         """Some of the examples."""
         index = torch.tensor(chosen, device=self.latents.device)
         tensors = {item.name: value[index] for item in fields(self) if isinstance(value := getattr(self, item.name), Tensor)}
-        return replace(self, captions=tuple(self.captions[row] for row in chosen), preserved=(), **tensors)
+        preserved = tuple(place for place, row in enumerate(chosen) if row in self.preserved)
+        return replace(self, captions=tuple(self.captions[row] for row in chosen), preserved=preserved, **tensors)
+
+    def parts(self, count: int) -> list[tuple[Batch, float]]:
+        """The batch in ``count`` parts, each with its share of the examples: a mean is that of the parts' means by share."""
+        if count == 1:
+            return [(self, 1.0)]
+        size = len(self.latents)
+        cuts = [range(size * part // count, size * (part + 1) // count) for part in range(count)]
+        return [(self.rows(rows), len(rows) / size) for rows in cuts if rows]
 
 
 def predict(unet: nn.Module, noisy: Tensor, timesteps: Tensor, text: TextInput) -> Tensor:

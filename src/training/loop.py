@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from src import diffusion
+from src import diffusion, optimizations
 from src.dataset import subkey
 from src.diffusion import NoiseSchedule
 from src.errors import ExitCode, UserError
@@ -21,6 +21,7 @@ from src.train_config import TrainConfig
 from src.training.batches import Batch, Feeder, Trainee
 from src.training.history import History
 from src.training.interruption import Interruption
+from src.training.memory import TrainingMemory
 from src.training.network import LoraNetwork, MovingAverage
 from src.training.optimizers import lr_factor
 
@@ -60,6 +61,7 @@ class Job:
     schedule: NoiseSchedule
     history: History
     average: MovingAverage | None
+    memory: TrainingMemory
     show: Callable[[Progress, float, float], None]  # progress, loss, learning rate: on the terminal and in the tracker
     judge: Callable[[Progress], None]  # validation, samples, scores
     save: Callable[[Progress], None]  # a checkpoint
@@ -78,9 +80,11 @@ def train(job: Job, progress: Progress, stop: Interruption) -> None:
             factor = lr_factor(job.train, progress.step, job.total_steps)
             for group in job.optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
-            loss = _gather_gradients(job, progress.step)
+            job.memory.begin_step()
+            loss = _gather_within_memory(job, progress.step)
             grad_norm = float(job.accelerator.clip_grad_norm_(list(trainable.values()), job.train.max_grad_norm))
             is_finite = _apply(job, loss, grad_norm)
+            job.memory.end_step()
             progress.step += 1
             if is_finite:
                 progress.skipped_in_a_row = 0
@@ -104,6 +108,19 @@ def train(job: Job, progress: Progress, stop: Interruption) -> None:
         job.save(progress)
 
 
+def _gather_within_memory(job: Job, step: int) -> float:
+    """The gradients of a step, with less memory where it ran out. Raises UserError (out of memory) when there is no less."""
+    while True:
+        try:
+            return _gather_gradients(job, step)
+        except (MemoryError, RuntimeError) as error:
+            if not optimizations.is_out_of_memory(error):
+                raise
+        # Outside of the except block: inside, the error's frames would keep the tensors that filled the memory.
+        job.optimizer.zero_grad()
+        job.memory.step_down(step + 1, job.train.batch_size)
+
+
 def _gather_gradients(job: Job, step: int) -> float:
     """The micro-steps of one step; returns the mean loss of all processes."""
     job.optimizer.zero_grad()
@@ -115,9 +132,10 @@ def _gather_gradients(job: Job, step: int) -> float:
         torch.manual_seed(subkey(job.train.seed, f"dropout {index} {job.accelerator.process_index}"))
         is_last = micro == count - 1
         with nullcontext() if is_last else job.accelerator.no_sync(job.trainee):
-            loss = batch_loss(job.trainee, batch, job.schedule, job.train.snr_gamma, job.network.taken_off) / count
-            job.accelerator.backward(loss)
-        total += loss.detach()
+            for part, share in batch.parts(job.memory.parts):
+                loss = batch_loss(job.trainee, part, job.schedule, job.train.snr_gamma, job.network.taken_off) * share / count
+                job.accelerator.backward(loss)
+                total += loss.detach()
     return float(job.accelerator.reduce(total, "mean"))
 
 

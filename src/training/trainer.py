@@ -18,14 +18,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from src import base_models, devices, optimizations
+from src import base_models, optimizations
 from src.base_models import LoadedModel
 from src.checkpoints import Checkpoint, CheckpointFolder
-from src.config import OptimizationConfig
 from src.dataset import Dataset, Example, read_dataset
 from src.diffusion import NoiseSchedule, check_loss
-from src.errors import ExitCode, UserError, refused, usage_error
-from src.model_shapes import read_shapes
+from src.errors import ExitCode, refused, usage_error
 from src.terminal import Terminal, counted, shell_word
 from src.train_config import TrainRun, check_warmup
 from src.training.adapter_learning import AdapterLearning
@@ -39,13 +37,13 @@ from src.training.judging import Judge
 from src.training.latent_cache import LatentCache
 from src.training.live_text import LiveText
 from src.training.loop import Job, Progress, train
+from src.training.memory import TrainingMemory
 from src.training.model_saving import ModelSaver
 from src.training.network import MovingAverage
 from src.training.optimizers import build_optimizer
 from src.training.saving import Saver
 from src.training.text_cache import TextCache
 from src.training.unet_learning import UnetLearning
-from src.training_memory import TrainingNeed, choose, describe
 from src.training_start import read_pictures
 
 Learning = AdapterLearning | UnetLearning
@@ -68,7 +66,7 @@ class Trainer:
             run.model.precision = {"no": "fp32"}.get(train.mixed_precision, train.mixed_precision)
         self.learning.settle()
         self.progress = Progress()
-        self._checkpoints_gradients = bool(run.train.gradient_checkpointing)
+        self.memory = TrainingMemory(run, self.learning, self.accelerator, self.say)
         self._is_encoding = False
 
     def say(self, line: str) -> None:
@@ -90,7 +88,7 @@ class Trainer:
             self.terminal.end_progress()
         # Outside of the except block: inside, the error's frames would keep the tensors that filled the memory.
         optimizations.free_memory()
-        raise UserError(f"out of memory ({self._size_words()}); {self._way_out()}", ExitCode.OUT_OF_MEMORY)
+        raise self.memory.ran_out(self.progress.step + 1, self._is_encoding)
 
     def _train(self, store: CheckpointFolder, checkpoint: Checkpoint | None, force: bool) -> ExitCode:
         job, saver, judge = self._prepare(store)
@@ -129,7 +127,7 @@ class Trainer:
         if train.class_prompt is not None and self.is_main:
             draw_class_images(self.run, class_folder(self.run), self.say)
         self.accelerator.wait_for_everyone()
-        budget_bytes = self._memory_budget()
+        self.memory.ask()
         with self.progress.timed("load"):
             model = self._load_model()
         if train.zero_terminal_snr:  # also for the samplers that draw meanwhile
@@ -139,8 +137,9 @@ class Trainer:
         dataset, priors = self._read_data(model)
         with self.progress.timed("encode"):
             latents, texts, judge = self._encode(model, dataset, priors, schedule)
-        self._plan(model, budget_bytes)
-        network = self._build_network(model)
+        self.memory.plan(model)
+        network = self.learning.build(model, self.accelerator)
+        self.memory.watch(network.models)
         store.check_space(self.learning.space_bytes(network, model))
         live_text = LiveText(model.pipeline) if train.train_text_encoder else None
         trainee = self.accelerator.prepare(Trainee(model.pipeline.unet, live_text))
@@ -162,7 +161,7 @@ class Trainer:
         judge.start(saver, history)
         job = Job(
             train, steps, self.accelerator, trainee, network, optimizer, feeder, schedule.to(self.accelerator.device),
-            history, average, show=self._show, judge=self._on_main(judge.judge), save=self._on_main(judge.save),
+            history, average, self.memory, show=self._show, judge=self._on_main(judge.judge), save=self._on_main(judge.save),
         )  # fmt: skip
         self._say_plan(dataset, priors, network, job)
         return job, saver, judge
@@ -171,7 +170,8 @@ class Trainer:
         config = self.learning.loading(self.run.app_config())
         config.model.device = self.accelerator.device.type  # its own of several processes' cards, else the current one
         started = time.monotonic()
-        model = base_models.load(config)
+        # On a card the VAE is exact: it works once for all steps, and SDXL's overflows in fp16.
+        model = base_models.load(config, vae_dtype=None if config.model.device == "cpu" else torch.float32)
         if line := base_models.idle_card(self.run.model.device, model.device):
             self.say(f"idle    {line}")
         if model.pipeline.unet.config.in_channels == 9:
@@ -207,8 +207,6 @@ class Trainer:
         """Pictures and captions through their encoders, one encoder on the device at a time, and off it afterwards."""
         train, device, pipeline = self.run.train, self.accelerator.device, model.pipeline
         cache = self.run.paths.folder("cache") / "training"
-        if device.type != "cpu":  # once for all steps, so it may be exact; and SDXL's VAE overflows in fp16
-            pipeline.vae.to(torch.float32)
         latents = LatentCache(pipeline.vae, cache, vae_id=weights_digest(pipeline.vae), device=device, say=self.say)
         encoders = nn.ModuleList([pipeline.text_encoder, *filter(None, [getattr(pipeline, "text_encoder_2", None)])])
         rounds_to = None if train.part is None else autocast_dtype(self.accelerator)  # there the encoders are in fp32
@@ -238,27 +236,6 @@ class Trainer:
                 self.terminal.progress(done, f"encode {what}")
 
         return report
-
-    def _build_network(self, model: LoadedModel) -> Any:
-        network = self.learning.build(model, self.accelerator)
-        if self._checkpoints_gradients:
-            for part in network.models.values():
-                enable = getattr(part, "enable_gradient_checkpointing", None) or part.gradient_checkpointing_enable
-                enable()
-        return network
-
-    def _memory_budget(self) -> int | None:
-        """Bytes that the plan may use; asked for before anything is loaded, since the plan counts the weights itself."""
-        if self.accelerator.device.type == "cpu":
-            return devices.available_memory_bytes()
-        return optimizations.memory_budget(self.accelerator.device, OptimizationConfig(max_vram_gb=self.run.train.max_vram_gb))
-
-    def _plan(self, model: LoadedModel, budget_bytes: int | None) -> None:
-        """Decide whether activations are computed twice rather than kept: as the user says, or as the memory asks for."""
-        need = TrainingNeed.of(self.run.train, model.native_size_px, self.learning.frozen_precision(model))
-        plan = choose(read_shapes(model.config_folder), need, budget_bytes, on_card=self.accelerator.device.type != "cpu")
-        self.say(f"plan    {describe(plan)}")
-        self._checkpoints_gradients = bool(plan.need.gradient_checkpointing)
 
     # -- while it runs
 
@@ -325,22 +302,6 @@ class Trainer:
         other = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
         if other:
             self.say(f"resume  not bit for bit as without a stop: {', '.join(other)}")
-
-    def _size_words(self) -> str:
-        train = self.run.train
-        resolution = f"resolution {train.resolution}" if train.resolution else "the model's own resolution"
-        return f"step {self.progress.step + 1}, {resolution}, batch size {train.batch_size}, {self.learning.size_words()}"
-
-    def _way_out(self) -> str:
-        """The next smaller thing to try."""
-        train = self.run.train
-        if self._is_encoding:
-            return "use a smaller --resolution"
-        if not self._checkpoints_gradients:
-            return "use --gradient_checkpointing"
-        if train.batch_size > 1:
-            return f"use --batch_size 1 --gradient_accumulation {train.batch_size}"
-        return self.learning.way_out()
 
     def _finish(self, saver: Saver | ModelSaver, judge: Judge) -> None:
         judge.follow_up()
