@@ -316,9 +316,8 @@ def _load_other_vae(
     source = model_source.resolve_vae(vae, cache, offline)
     if source.kind == "file":
         names = read_header(source.path).tensors
-        prefixes = (
-            _VAE_WEIGHTS if any(name.startswith(_VAE_WEIGHTS) for name in names) else ("",)
-        )  # of a whole checkpoint, or a VAE's own file
+        is_checkpoint = any(name.startswith(_VAE_WEIGHTS) for name in names)  # else a VAE's own file
+        prefixes = _VAE_WEIGHTS if is_checkpoint else ("",)
         return _convert(source.path, "vae", "AutoencoderKL", _read(source.path, dtype, prefixes), config_folder), source.name
     folder = source.path or downloads.download_vae(vae, cache, precision=_precision(dtype))
     other = _load_component(model_files.vae_folder(folder), "vae", "AutoencoderKL", dtype)

@@ -164,6 +164,8 @@ def _table_rows(table: Path, text: str) -> Iterator[tuple[int, str, str]]:
                 continue
             # A caption with a delimiter of its own, unquoted, goes on to the end of the line where it is the last column.
             words = delimiter.join(row[caption:]) if caption == len(head) - 1 else row[caption]
+            if quoting == csv.QUOTE_MINIMAL and any(_begins_a_row(line) for line in words.splitlines()[1:]):
+                raise refused(f"{table}: line {reader.line_num} is within quotes that an earlier line opened; close them there")
             yield reader.line_num, row[picture].strip().replace("\\", "/"), words
     except csv.Error as error:
         raise refused(f"{table}: line {reader.line_num} is no line of a table ({error}); save it as CSV") from None
@@ -261,9 +263,16 @@ def _parse_jsonl(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
+def _begins_a_row(line: str) -> bool:
+    """Whether a line within a caption is in truth the next picture's: a quote was opened and not closed."""
+    return re.match(r'\s*"?[^",]+\.(jpe?g|png|webp|bmp|tiff?|gif|avif|heic)"?\s*,', line, re.IGNORECASE) is not None
+
+
 def _parse_csv(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(io.StringIO(text, newline=""))
     for row in reader:
+        if any(_begins_a_row(line) for value in row.values() if isinstance(value, str) for line in value.splitlines()[1:]):
+            raise ValueError(f"line {reader.line_num} is still in quotes that an earlier line opened")
         yield reader.line_num, row
 
 

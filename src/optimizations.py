@@ -59,6 +59,13 @@ def memory_budget(device: torch.device, options: OptimizationConfig) -> int | No
     return None
 
 
+def room_bytes(device: torch.device) -> int | None:
+    """What this process could hold now: what is free, and what it holds already. None on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) + CONTEXT_BYTES
+    return torch.mps.recommended_max_memory() if device.type == "mps" else None
+
+
 def memory_in_use_bytes(device: torch.device) -> int:
     """What this process holds: of the card's memory as torch's allocator keeps it, on a CPU of the main memory."""
     if device.type == "cuda":

@@ -52,7 +52,7 @@ def read_request(config: AppConfig, typed: dict[str, Any], say: Say, named: Name
     )
     for choice in request.loras:
         named.check_adapter(choice.path)
-    for name in _tagged_loras(request, config):
+    for name in tagged_loras(request, config):
         named.check_adapter(named.tagged(name))
     for path in (request.init_image, request.mask_image):
         if path is not None:
@@ -66,7 +66,7 @@ def read_request(config: AppConfig, typed: dict[str, Any], say: Say, named: Name
     return request
 
 
-def _tagged_loras(request: PictureRequest, config: AppConfig) -> list[str]:
+def tagged_loras(request: PictureRequest, config: AppConfig) -> list[str]:
     """The names in the prompt's ``<lora:...>`` tags, with wildcards filled in once, so that their files are checked, too."""
     prompt = clean_prompt(request.prompt)
     if request.wildcards:
@@ -99,7 +99,7 @@ def job_settings(request: PictureRequest, config: AppConfig, named: NamedFiles, 
     settings = {item.name: getattr(request, item.name) for item in fields(request) if item.name not in ("batch_size", "loras")}
     settings |= {name: path and named.sha256(path) for name, path in paths.items()}
     settings["loras"] = [[named.adapter_sha256(choice.path), choice.weight] for choice in request.loras]
-    settings["tagged"] = [[name, named.adapter_sha256(named.tagged(name))] for name in _tagged_loras(request, config)]
+    settings["tagged"] = [[name, named.adapter_sha256(named.tagged(name))] for name in tagged_loras(request, config)]
     model = config.model
     settings |= {name: getattr(model, name) for name in ("model_id", "revision", "vae", "architecture", "precision")}
     settings |= weights

@@ -75,20 +75,30 @@ def _contents(rows: Any, caption: str, folder: Path) -> dict[str, bytes | Stream
     contents: dict[str, bytes | Stream] = {}
     lines = []
     for number, row in enumerate(rows):
-        data = _bytes(row["image"])
+        data = _bytes(row["image"], folder, number)
         name = f"{number:07d}.{_suffix(data, folder, number)}"
         texts = row[caption] if isinstance(row[caption], list) else [row[caption]]
-        contents[name] = Stream(len(data), lambda number=number: _picture(rows, number))
+        contents[name] = Stream(len(data), lambda number=number: _picture(rows, folder, number))
         lines.append(json.dumps({"file_name": name, "captions": [text for text in texts if isinstance(text, str)]}))
     return {**contents, "metadata.jsonl": "\n".join(lines).encode()}
 
 
-def _picture(rows: Any, number: int) -> Iterator[bytes]:
-    yield _bytes(rows[number]["image"])
+def _picture(rows: Any, folder: Path, number: int) -> Iterator[bytes]:
+    yield _bytes(rows[number]["image"], folder, number)
 
 
-def _bytes(held: dict[str, Any]) -> bytes:
-    return held["bytes"] if held["bytes"] is not None else Path(held["path"]).read_bytes()
+def _bytes(held: dict[str, Any] | None, folder: Path, number: int) -> bytes:
+    if held is None or (held["bytes"] is None and held["path"] is None):
+        raise refused(f"{folder}: row {number} has no picture; leave it out of the data set")
+    if held["bytes"] is not None:
+        return held["bytes"]
+    try:
+        return Path(held["path"]).read_bytes()
+    except OSError as error:
+        raise refused(
+            f"{folder}: row {number}: {held['path']} cannot be read ({error.strerror or error}); save the data set "
+            "with its pictures"
+        ) from None
 
 
 def _suffix(data: bytes, folder: Path, number: int) -> str:

@@ -17,6 +17,7 @@ from src.training_memory import TrainingNeed, adapter_numbers, predict
 from src.unet_weights import QUANTIZED_BYTES
 
 RESOLUTION_STEP_PX = 64
+RAN_OUT, MARGIN = ", ran out", 1.05  # so much more than what was too little is taken to be needed
 
 
 @dataclass(frozen=True)
@@ -28,16 +29,25 @@ class TrainingPlan:
     budget_bytes: int | None  # None: no limit is known
     advice: tuple[str, ...] = ()  # where it does not fit: switches with which it would
     least: str = ""  # and where there are none: what all of them come to
-    measured: Mapping[str, int] = field(default_factory=dict)  # `kind_of` a step -> bytes: what one took the last time
+    known: Mapping[str, int] = field(default_factory=dict)  # by `kind_of`, of earlier steps; with RAN_OUT: too little
+    excess: float = 1.0  # what a step is taken to need over what is predicted, where nothing is known
 
     @property
-    def is_measured(self) -> bool:
-        return kind_of(self.need.gradient_checkpointing) in self.measured
+    def measured_bytes(self) -> int | None:
+        """What a step took, the last time."""
+        return self.known.get(kind_of(self.need.gradient_checkpointing))
+
+    @property
+    def short_bytes(self) -> int | None:
+        """What was too little for a step, the last time."""
+        return self.known.get(kind_of(self.need.gradient_checkpointing) + RAN_OUT)
 
     def bytes_of(self, phase: Phase) -> int:
         """As measured, where it was, else as predicted."""
-        is_known = phase.name == "train" and self.is_measured
-        return self.measured[kind_of(self.need.gradient_checkpointing)] if is_known else phase.total_bytes
+        if phase.name != "train":
+            return phase.total_bytes
+        known = max(self.measured_bytes or 0, round(MARGIN * (self.short_bytes or 0)))
+        return known or round(self.excess * phase.total_bytes)
 
     @property
     def peak_bytes(self) -> int:
@@ -55,17 +65,18 @@ def kind_of(checkpoints_gradients: bool | None) -> str:
 
 def choose(
     shapes: ModelShapes, need: TrainingNeed, budget_bytes: int | None, *, on_card: bool = True,
-    measured: Mapping[str, int] | None = None,
+    known: Mapping[str, int] | None = None,
 ) -> TrainingPlan:  # fmt: skip
     """Decide on gradient checkpointing, if the user has not: only where the step would not fit without it.
 
     ``budget_bytes``: the card's memory, or the main memory that is free. Where nothing fits, the smaller plan is returned
-    with ``fits=False`` and advice. ``measured`` are peaks of earlier steps of this very need, by `kind_of`.
+    with ``fits=False`` and advice. ``known`` is what earlier steps of this very need took (see `TrainingPlan`).
     """
-    plan = _smallest_that_fits(shapes, need, budget_bytes, on_card, measured)
+    plan = _smallest_that_fits(shapes, need, budget_bytes, on_card, known)
     if plan.fits:
         return plan
-    advice, least = _advice(shapes, need, budget_bytes, on_card)
+    step = next(phase for phase in plan.phases if phase.name == "train")
+    advice, least = _advice(shapes, need, budget_bytes, on_card, max(1.0, plan.bytes_of(step) / step.total_bytes))
     return replace(plan, advice=tuple(advice), least=least)
 
 
@@ -77,8 +88,13 @@ def describe(plan: TrainingPlan) -> str:
     largest = max(plan.phases, key=plan.bytes_of)
     parts = f"{largest.name}: weights {largest.weights_bytes / GIB:.2f}, activations {largest.activations_bytes / GIB:.2f}"
     of_budget = "" if budget is None else f" of {budget / GIB:.2f}"
-    source = "measured" if plan.is_measured and largest.name == "train" else "predicted"
-    line = f"{', '.join(decided)}, {source} peak {plan.peak_bytes / GIB:.2f}{of_budget} GiB ({parts})"
+    if largest.name != "train" or not plan.known or not (plan.measured_bytes or plan.short_bytes):
+        line = f"{', '.join(decided)}, predicted peak {plan.peak_bytes / GIB:.2f}{of_budget} GiB ({parts})"
+    elif plan.peak_bytes == plan.measured_bytes:
+        line = f"{', '.join(decided)}, measured peak {plan.peak_bytes / GIB:.2f}{of_budget} GiB"
+    else:
+        now = "" if budget is None else f", and {budget / GIB:.2f} are free now"
+        line = f"{', '.join(decided)}, ran out with {plan.short_bytes / GIB:.2f} GiB the last time{now}"
     if plan.fits:
         return line
     if plan.advice:
@@ -153,20 +169,26 @@ def precision_of(run: TrainRun, of_the_machine: str) -> str:
 
 
 def _smallest_that_fits(
-    shapes: ModelShapes, need: TrainingNeed, budget_bytes: int | None, on_card: bool, measured: Mapping[str, int] | None = None
-) -> TrainingPlan:
+    shapes: ModelShapes, need: TrainingNeed, budget_bytes: int | None, on_card: bool, known: Mapping[str, int] | None = None,
+    excess: float = 1.0,
+) -> TrainingPlan:  # fmt: skip
     wanted = need.gradient_checkpointing
     for checkpointing in (False, True) if wanted is None else (wanted,):
         decided = replace(need, gradient_checkpointing=checkpointing)
-        plan = TrainingPlan(decided, predict(shapes, decided, on_card=on_card), budget_bytes, measured=measured or {})
+        plan = TrainingPlan(decided, predict(shapes, decided, on_card=on_card), budget_bytes, known=known or {}, excess=excess)
         step = next(phase for phase in plan.phases if phase.name == "train")
         if budget_bytes is None or plan.bytes_of(step) <= budget_bytes:  # nothing else becomes smaller by it
             break
     return plan
 
 
-def _advice(shapes: ModelShapes, need: TrainingNeed, budget_bytes: int | None, on_card: bool) -> tuple[list[str], str]:
-    """Single switches with which the training would fit; if there are none, what all of them come to."""
+def _advice(
+    shapes: ModelShapes, need: TrainingNeed, budget_bytes: int | None, on_card: bool, excess: float
+) -> tuple[list[str], str]:
+    """Single switches with which the training would fit; if there are none, what all of them come to.
+
+    ``excess``: how much more than predicted a step of ``need`` takes; one of another need is taken to err alike.
+    """
     smaller = {"--gradient_checkpointing": {"gradient_checkpointing": None}} if need.gradient_checkpointing is False else {}
     if need.batch_size > 1:
         smaller["--batch_size 1"] = {"batch_size": 1}
@@ -182,7 +204,7 @@ def _advice(shapes: ModelShapes, need: TrainingNeed, budget_bytes: int | None, o
         smaller["no --train_text_encoder"] = {"text_encoders": False}
 
     def fits(change: dict[str, Any]) -> bool:
-        return _smallest_that_fits(shapes, replace(need, **change), budget_bytes, on_card).fits
+        return _smallest_that_fits(shapes, replace(need, **change), budget_bytes, on_card, excess=excess).fits
 
     found = [words for words, change in smaller.items() if fits(change)]
     sizes_px = range(need.resolution_px - RESOLUTION_STEP_PX, 255, -RESOLUTION_STEP_PX)
@@ -190,7 +212,7 @@ def _advice(shapes: ModelShapes, need: TrainingNeed, budget_bytes: int | None, o
     if found or not smaller:
         return found, ""
     least = {name: value for change in smaller.values() for name, value in change.items()}
-    peak = _smallest_that_fits(shapes, replace(need, **least), budget_bytes, on_card).peak_bytes
+    peak = _smallest_that_fits(shapes, replace(need, **least), budget_bytes, on_card, excess=excess).peak_bytes
     words = [name for name in smaller if not name.startswith("--quantize") or name.endswith("nf4")]
     verb = "come" if len(words) > 1 else "comes"
     return [], f" ({' and '.join(words)} {verb} to {peak / GIB:.2f} GiB)"

@@ -66,6 +66,7 @@ def test_a_name_that_two_pictures_have_needs_its_folder(tmp_path: Path) -> None:
         ("0000.png,a fox", "names no picture"),
         ("image,caption\nghost.png,a fox", "names none of the pictures"),
         ("", "names no picture"),
+        ('image,caption\n0000.png,"a fox\n0001.png,a hare\n', "line 3 is within quotes that an earlier line opened"),
     ],
 )
 def test_what_is_no_such_table_is_refused(text: str, expected: str, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_nothing_is_right_of_a_picture_of_nothing() -> None:
     for colour in ("white", "red", "gray"):
         blank = Image.new("RGB", (128, 128), COLOURS[colour])
         verdicts = [check(blank, scene) for scene in TRUTH[:16]]
-        assert not any(verdict.all for verdict in verdicts)
+        assert not any(verdict.all or verdict.outline for verdict in verdicts)
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8))
     assert not any(check(noise, scene).all for scene in TRUTH[:16])
 

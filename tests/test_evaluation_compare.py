@@ -126,10 +126,19 @@ def test_the_same_twice_differs_in_nothing(base, tmp_path, monkeypatch) -> None:
         (["embedded", "none"], "give the prompts"),
         (["embedded", "none", "--prompt", "a", "--num", "0"], "--num 0"),
         (["embedded", "./nowhere", "--prompt", "a"], "nowhere"),
+        (
+            ["none", "LORA", "--model", "BASE", "--prompt", "a <lora:tiny:1>", "--set", "paths.lora=SHELF"],
+            "drawn on every side",
+        ),
         (["embedded", "none", "--model", "embedded", "--prompt", "a", "--clip", "./nowhere"], "nowhere: no such folder"),
     ],
 )
-def test_mistakes_are_found_before_anything_is_drawn(tmp_path, arguments: list[str], message: str) -> None:
+def test_mistakes_are_found_before_anything_is_drawn(base, tmp_path, arguments: list[str], message: str) -> None:
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    names = {"BASE": base, "LORA": adapter(shelf / "tiny.safetensors", seed=1), "SHELF": shelf}
+    for name, place in names.items():
+        arguments = [word.replace(name, str(place)) for word in arguments]
     with pytest.raises(UserError, match=message):
         Run(compare, tmp_path / "out", arguments)
     assert not list(tmp_path.rglob("*.png"))

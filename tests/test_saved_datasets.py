@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from src import folders
+from src import folders, saved_datasets
 from src.dataset import read_dataset
 from src.errors import UserError
 from src.saved_datasets import unpacked
@@ -91,3 +91,9 @@ def test_what_cannot_be_used_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read by `datasets`") as caught:
         unpacked(tmp_path / "broken", tmp_path / "cache", print)
     assert "\n" not in str(caught.value)
+    kinds = datasets.Features({"image": datasets.Image(decode=False), "caption": datasets.Value("string")})
+    datasets.Dataset.from_dict({"image": [None], "caption": ["a"]}, features=kinds).save_to_disk(str(tmp_path / "none"))
+    with pytest.raises(UserError, match="row 0 has no picture"):
+        unpacked(tmp_path / "none", tmp_path / "cache", print)
+    with pytest.raises(UserError, match=r"row 7: .*gone\.png cannot be read"):
+        saved_datasets._bytes({"bytes": None, "path": str(tmp_path / "gone.png")}, tmp_path, 7)

@@ -29,10 +29,10 @@ from src.scratch.settings import PHASES, ScratchSettings, VaeSettings
 from src.training.scores import Clip
 
 TINY = {
-    "scenes.count": 40, "scenes.held_out": 32, "tokenizer.merges": 60,
-    "vae.channels": "16,16", "vae.steps": 4, "vae.batch_size": 2, "vae.crop_px": 32, "vae.validation_steps": 2, "vae.checkpoint_steps": 2,
+    "scenes.count": 40, "scenes.held_out": 32, "tokenizer.merges": 60, "tokenizer.length": 77,
+    "vae.channels": "16,16", "vae.steps": 4, "vae.batch_size": 2, "vae.crop_px": 32, "vae.warmup_steps": 0, "vae.validation_steps": 2, "vae.checkpoint_steps": 2,
     "clip.width": 16, "clip.layers": 1, "clip.heads": 2, "clip.patch_px": 32, "clip.projection": 8, "clip.steps": 4, "clip.batch_size": 4,
-    "clip.validation_steps": 2, "clip.checkpoint_steps": 2,
+    "clip.warmup_steps": 0, "clip.validation_steps": 2, "clip.checkpoint_steps": 2, "unet.warmup_steps": 0,
     "unet.channels": "16,32", "unet.head_width": 8, "unet.steps": 4, "unet.batch_size": 2, "unet.validation_steps": 4,
     "unet.checkpoint_steps": 2, "unet.examined": 6, "machine.device": "cpu", "machine.precision": "fp32",
 }  # fmt: skip
@@ -237,6 +237,7 @@ def test_a_model_too_large_to_ship_is_assembled_elsewhere(copied: Path, tmp_path
         (["unet", "--set", "channels=100,200"], "each is a multiple of 16"),
         (["clip", "--set", "heads=5"], "no multiple of clip.heads"),
         (["vae", "--set", "crop_px=60"], "no multiple of 8"),
+        (["unet", "--set", "steps=300"], "unet.warmup_steps 400 of 300 steps would never let the rate fall"),
         (["all", "--restart"], "--restart is of one phase"),
         (["all", "--seed", "7"], "--seed changes nothing for all; the training's is --set unet.seed=N"),
         (["around", "--picture", "a.png", "--quick"], "--quick changes nothing for around"),
@@ -262,7 +263,7 @@ def test_what_cannot_work_is_one_line(words: list[str], said: str, tmp_path: Pat
 
 
 def test_settings_come_from_files_and_flags() -> None:
-    quick = read_settings({"quick": True, "set": ["steps=7"]}, "unet")
+    quick = read_settings({"quick": True, "set": ["steps=7", "warmup_steps=1"]}, "unet")
     assert quick.unet.steps == 7
     assert quick.vae.steps < ScratchSettings().vae.steps
     assert read_settings({"set": ["unet.channels=32,64"]}, "all").unet.channels == (32, 64)
@@ -290,7 +291,9 @@ def test_an_assembled_model_is_unpacked_and_its_unet_goes_on(made: Path, tmp_pat
         assert all(after.facts[part] == before.facts[part] for part in ("settings", "figures"))
     capsys.readouterr()
     assert main(["unpack", "--model", str(model), *work]) == 0  # what is there stays
-    more = arguments(**{"unet.begin_from": model, "unet.steps": 1, "unet.seed": 4, "unet.transformer_layers": 2})
+    more = arguments(
+        **{"unet.begin_from": model, "unet.steps": 1, "unet.seed": 4, "unet.transformer_layers": 2, "unet.learning_rate": 1e-4}
+    )
     assert main(["unet", *work, *more]) == main(["assemble", *work, "--out", str(tmp_path / "more")]) == 0
     old, new = (json.loads((folder / "card.json").read_text()) for folder in (model, tmp_path / "more"))
     noted = page_of({**new, "began_from": {**new["began_from"], "note": "The rate was another."}})
@@ -304,7 +307,7 @@ def test_an_assembled_model_is_unpacked_and_its_unet_goes_on(made: Path, tmp_pat
         load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"].float()
         for folder in (model, tmp_path / "more")
     ]
-    assert 0 < float((weights[1] - weights[0]).abs().max()) < 1e-3  # one step of warm-up from where it was
+    assert 0 < float((weights[1] - weights[0]).abs().max()) < 1e-3  # one small step from where it was
     back = arguments(**{"unet.begin_from": tmp_path / "more", "unet.steps": 1})
     assert main(["unet", *work, "--restart", *back]) == ExitCode.USAGE
     assert "another build; go on with --set unet.transformer_layers=2" in capsys.readouterr().err

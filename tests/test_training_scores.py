@@ -13,7 +13,18 @@ from transformers import CLIPImageProcessor, CLIPModel
 
 from src.training import scores
 from src.training.history import History
-from src.training.scores import Best, Clip, Score, Scorer, balance, choose_best, find_clip, load_clip, without_trigger
+from src.training.scores import (
+    Best,
+    Clip,
+    Score,
+    Scorer,
+    balance,
+    choose_best,
+    find_clip,
+    load_clip,
+    shows_subject,
+    without_trigger,
+)
 from tests.tiny import pipelines
 from tests.tiny.clips import save_clip
 
@@ -271,3 +282,10 @@ def test_a_checkpoint_has_the_newest_number_up_to_it() -> None:
 def test_numbers_that_are_none_are_passed_over() -> None:
     history = noted({100: float("nan"), 200: 0.5}, {0: (None, None), 100: (None, 0.3)})
     assert choose_best(history, [100, 200]) == Best(200, "lowest validation loss, 0.5")
+
+
+def test_a_trigger_is_a_word_of_its_own() -> None:
+    prompts = ["a cat on a roof", "a scattered crowd", "a CAT, sitting"]
+    assert shows_subject(prompts, "cat") == [True, False, True]
+    assert shows_subject(["a photo of sks  dog", "a dog"], "sks dog") == [True, False]
+    assert shows_subject(prompts, "sks") == shows_subject(prompts, None) == [True] * 3

@@ -55,10 +55,13 @@ def order_arms(
 ) -> dict[str, list[drawing.Order]]:
     """The orders of each arm, {label: what was typed}: every prompt with every seed, checked. Raises UserError."""
     desk = drawing.OrderDesk(say)
-    return {
+    orders = {
         label: [desk.order({**typed, "prompt": prompt, "generation.seed": seed}) for prompt in prompts for seed in seeds]
         for label, typed in wanted.items()
     }
+    if len({tuple(typed.get("lora", ())) for typed in wanted.values()}) > 1:
+        drawing.refuse_tags([order for own in orders.values() for order in own])
+    return orders
 
 
 def draw_arms(orders: Mapping[str, Sequence[drawing.Order]], folder: Path, say: drawing.Say) -> list[Arm]:

@@ -198,13 +198,15 @@ def _size(found: _Found | None, thing: Thing, faults: list[str]) -> bool:
 def _outline(found: _Found | None, scene: Scene, labels: np.ndarray, faults: list[str]) -> bool:
     """Whether the outline that is asked for goes all around, or there is none where none is asked for."""
     asked, outline = scene.things[0].outline, None
-    if found is not None and asked is not None:
+    if found is None:
+        return False
+    if asked is not None:
         # On a small star it is a pixel thin: half of what is seen in the drawing itself must be there.
         truth = segment(drawing.draw(scene), scene.background, {asked: scene.things[0].colour})
         least = max((_edge_share(thing.solid, truth.labels, asked) for thing in _things(truth)), default=0.0) / 2
         is_there = _edge_share(found.solid, labels, asked) >= max(least, MIN_EDGE)
         outline = asked if is_there else None
-    elif found is not None:
+    else:
         filled = ndimage.binary_fill_holes(found.piece.mask)  # specks may be that outline
         around = labels[ndimage.binary_dilation(filled) & ~filled]
         counts = np.bincount(around + 1, minlength=len(NAMES) + 1)  # the background first

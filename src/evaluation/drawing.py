@@ -103,6 +103,7 @@ class Order:
     config: AppConfig
     request: PictureRequest
     allow_partial: bool = False  # use adapters of which only a part fits
+    tagged: tuple[str, ...] = ()  # adapters that the prompt itself names
 
 
 class OrderDesk:
@@ -123,12 +124,19 @@ class OrderDesk:
         if repr(config.model) not in self._models:
             orders.check_surroundings({}, config)
             self._models.add(repr(config.model))
-        return Order(config, replace(request, num_images=1, batch_size=1), "allow_partial" in typed)
+        one = replace(request, num_images=1, batch_size=1)
+        return Order(config, one, "allow_partial" in typed, tuple(orders.tagged_loras(request, config)))
 
     def _say_once(self, line: str) -> None:
         if line not in self._said:
             self._said.add(line)
             self._say(line)
+
+
+def refuse_tags(orders: Sequence[Order]) -> None:
+    """Where adapters are what is compared, a prompt may name none: it would draw with it on every side. Raises UserError."""
+    if tagged := [name for order in orders for name in order.tagged]:
+        raise usage_error(f"prompt: <lora:{tagged[0]}> would be drawn on every side; leave it out where adapters are compared")
 
 
 class Artist:

@@ -81,7 +81,7 @@ class InceptionFeatures:
                 )
             except RuntimeError as error:
                 cause = " ".join(str(error).split())[:120]
-                raise refused(f"--inception {path}: is not the Inception of FID ({cause}); see README, Evaluate") from None
+                raise refused(f"--inception {path}: is not the Inception of FID ({cause}); see docs/evaluating.md") from None
         self._network = network.to(device)
         self._device = device
 

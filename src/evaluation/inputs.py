@@ -91,7 +91,7 @@ def check_inception(path: Path) -> None:
     if last is None or last.shape != (FID_CLASSES, 2048):
         shape = None if last is None else "x".join(map(str, last.shape))
         found = "no layer fc in it" if shape is None else f"its layer fc is {shape}, FID's {FID_CLASSES}x2048"
-        raise refused(f"--inception {path}: is not the Inception of FID ({found}); see README, Evaluate")
+        raise refused(f"--inception {path}: is not the Inception of FID ({found}); see docs/evaluating.md")
     if importlib.util.find_spec("torch_fidelity") is None:
         raise usage_error("--inception needs the package torch-fidelity for its network: pip install torch-fidelity")
 

@@ -124,6 +124,8 @@ def clip_score(pictures: np.ndarray, texts: np.ndarray) -> Spread:
     if len(pictures) != len(texts):
         raise ValueError(f"{len(pictures)} pictures with {len(texts)} texts")
     lengths = np.linalg.norm(pictures, axis=1) * np.linalg.norm(texts, axis=1)
+    if not lengths.all():
+        raise ValueError("a row of zeros has no direction")
     scores = 100 * (pictures * texts).sum(axis=1) / lengths
     return Spread(max(0.0, float(scores.mean())), float(scores.std()))
 

@@ -11,7 +11,7 @@ from src.config import parse_assignment, set_from, set_value
 from src.doors import answer
 from src.errors import ExitCode, usage_error
 from src.flags import CommandLine, Flag, switch
-from src.scratch.settings import PHASES, ScratchSettings, check
+from src.scratch.settings import PHASES, ScratchSettings, check, model_folder
 from src.terminal import Terminal
 
 USAGE = "python -m src.scratch all|PHASE [options]"
@@ -102,7 +102,7 @@ def _run(argv: Sequence[str], terminal: Terminal) -> int:
     if verb == UNPACK:
         from src.scratch.assemble import unpack
 
-        model = Path(typed.get("model", "models/embedded")).expanduser()
+        model = model_folder(typed.get("model"))
         unpack(model, Work(work_folder, terminal.say))
         terminal.say(f"{model}: its parts are in {work_folder}")
         return ExitCode.OK
@@ -116,6 +116,8 @@ def _run(argv: Sequence[str], terminal: Terminal) -> int:
     if "restart" in typed:
         work.inputs(verb)  # nothing is forgotten if it could not be learnt again
         work.restart(verb)
+    if verb == "all":
+        _check_beginning(work, settings)
     for phase in PHASES if verb == "all" else (verb,):
         if phase != "assemble" and work.is_done(phase, settings):
             terminal.say(f"{phase:<9} is done ({work.of(phase) / 'final'})")
@@ -124,6 +126,17 @@ def _run(argv: Sequence[str], terminal: Terminal) -> int:
         terminal.say(f"{phase:<9} begins")
         _do(phase, work, settings, out, terminal)
     return ExitCode.OK
+
+
+def _check_beginning(work: Any, settings: ScratchSettings) -> None:
+    """Refuse to draw other scenes, or learn another tokenizer, under what was learnt from those. Raises UserError (usage)."""
+    for index, phase in enumerate(PHASES[:2]):
+        is_there, later = (work.of(phase) / "final").exists(), [work.of(name) / "final" for name in PHASES[index + 1 : -1]]
+        if is_there and not work.is_done(phase, settings) and any(folder.exists() for folder in later):
+            raise usage_error(
+                f"{work.folder}: its {phase} are of other settings, and more was learnt from them; give another --work, or run "
+                f"python -m src.scratch {phase} --restart --work {work.folder} first, with your settings"
+            )
 
 
 def _check_flags(typed: dict[str, Any], verb: str) -> None:

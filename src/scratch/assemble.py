@@ -18,7 +18,7 @@ from src.scratch.card import CARD, PAGE, PARTS, SAMPLES, files_of, make_card, pa
 from src.scratch.phases import Work
 from src.terminal import Terminal
 
-MAX_SHIPPED_BYTES = 40 << 20  # of the model that everybody gets with the project
+MAX_SHIPPED_BYTES = 40_000_000  # of the model that everybody gets with the project
 UNPACKED = ("tokenizer", "vae", "clip", "unet")  # in the order in which they build on each other
 INDEX = {
     "_class_name": "StableDiffusionPipeline", "feature_extractor": [None, None], "image_encoder": [None, None],

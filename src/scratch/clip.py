@@ -53,7 +53,10 @@ def build(settings: ClipSettings, tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 def contrastive_loss(texts: Tensor, images: Tensor, log_scale: Tensor) -> Tensor:
-    """Symmetric cross-entropy of the scaled cosines of (B, D) and (B, D), whose i-th rows belong together (CLIP, figure 3)."""
+    """Symmetric cross-entropy of the scaled cosines of (B, D) and (B, D), whose i-th rows belong together (CLIP, figure 3).
+
+    l_ij = exp(s) cos(t_i, p_j)        loss = -1/2B sum_i (log softmax_j(l_ij)[i] + log softmax_j(l_ji)[i])
+    """
     with torch.autocast(texts.device.type, enabled=False):  # a logit of 50 has steps of a quarter in bf16
         texts, images = F.normalize(texts.float(), dim=-1), F.normalize(images.float(), dim=-1)
         logits = log_scale.clamp(max=MAX_SCALE).exp() * texts @ images.t()  # (B, B)

@@ -16,8 +16,8 @@ from torch import Tensor
 from src import files
 from src.errors import ExitCode, not_found, usage_error
 from src.images import contact_sheet, fit_to, read_image, save_picture
-from src.model_files import EMBEDDED
 from src.model_shapes import read_shapes
+from src.scratch.settings import model_folder
 from src.scratch.vae import psnr
 from src.terminal import Terminal
 
@@ -31,7 +31,7 @@ def run(tool: str, typed: dict[str, Any], terminal: Terminal) -> int:
     count = typed.get("count", 8)
     if not 2 <= count <= MAX_COUNT:
         raise usage_error(f"--count {count} is outside 2 to {MAX_COUNT}")
-    prompts, pictures, folder = typed.get("prompt", []), typed.get("picture", []), Path(typed.get("model", EMBEDDED))
+    prompts, pictures, folder = typed.get("prompt", []), typed.get("picture", []), model_folder(typed.get("model"))
     if not (folder / "model_index.json").is_file():
         raise not_found(f"{folder}: is no model's folder; give one with --model")
     seed = typed.get("seed", 0)
@@ -54,7 +54,7 @@ def run(tool: str, typed: dict[str, Any], terminal: Terminal) -> int:
 def _read(paths: Sequence[str], folder: Path) -> list[Tensor]:
     """Pictures as (3, side, side) in [-1, 1], cut to the size that the model draws."""
     side_px = read_shapes(folder).native_px
-    pictures = [fit_to(read_image(Path(path)), side_px, side_px) for path in paths]
+    pictures = [fit_to(read_image(Path(path).expanduser()), side_px, side_px) for path in paths]
     return [torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1 for picture in pictures]
 
 

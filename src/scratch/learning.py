@@ -25,7 +25,7 @@ from src.errors import ExitCode, UserError
 from src.images import encode_png
 from src.scratch import phase_report
 from src.scratch.muon import Muon, has_fast_bf16, parameter_groups
-from src.scratch.settings import NOT_LEARNT, MachineSettings
+from src.scratch.settings import ADDED, NOT_LEARNT, MachineSettings
 from src.terminal import Terminal
 from src.training.history import History
 from src.training.interruption import Interruption
@@ -109,6 +109,7 @@ def learn(lesson: Lesson, folder: Path, machine: MachineSettings, terminal: Term
                 student.judge_and_save(store)
                 if stop.requested is not None:
                     student.save(store)
+                    phase_report.write(lesson.name, folder, lesson.settings, student.history, student.figures)
                     raise UserError(
                         f"{lesson.name}: interrupted after step {student.step}; the same command goes on", stop.exit_code
                     )
@@ -248,6 +249,7 @@ def _put_back(tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> Non
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What is not the same, but for what changes nothing that was learnt."""
+    before = {name: value for name, value in ADDED.items() if name in now} | dict(before)
     names = [name for name in {**before, **now} if name not in NOT_LEARNT and _plain(before.get(name)) != _plain(now.get(name))]
     told = [f"{name} {before.get(name)} -> {now.get(name)}" for name in names if name != "inputs"]
     others = [phase for phase in now["inputs"] if before.get("inputs", {}).get(phase) != now["inputs"][phase]]

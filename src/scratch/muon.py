@@ -125,7 +125,7 @@ def _polynomial(square: Tensor) -> Tensor:
 @cache  # each matrix of each step asks
 def has_fast_bf16(device: torch.device) -> bool:
     """Whether it multiplies bf16 in hardware: old cards and CPUs only imitate it."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cuda":  # torch.cuda.is_bf16_supported asks the current card, whichever that is
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
     found = torch.cpu.get_capabilities()
     return device.type == "cpu" and bool(found.get("amx_bf16") or found.get("avx512_bf16"))

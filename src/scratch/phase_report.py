@@ -65,7 +65,7 @@ def write_scenes(folder: Path, settings: Any, figures: Mapping[str, Any], sample
 
 def _samples(folder: Path) -> list[str]:
     """The first, the last and some between."""
-    paths = sorted(folder.glob("step-*.png")) if folder.is_dir() else []
+    paths = sorted(path for path in folder.glob("step-*.png") if path.stem[5:].isdecimal()) if folder.is_dir() else []
     chosen = sorted({round(i * (len(paths) - 1) / max(1, SHOWN - 1)) for i in range(SHOWN)}) if paths else []
     figures = []
     for index in chosen:

@@ -11,12 +11,13 @@ from typing import Any
 from src import files, folders
 from src.checkpoints import MANIFEST, Checkpoint, CheckpointFolder, read_manifest
 from src.errors import UserError, not_found, usage_error
-from src.scratch.settings import NOT_LEARNT, ScratchSettings
+from src.scratch.settings import ADDED, NOT_LEARNT, ScratchSettings
 
 NEEDS = {
     "scenes": (), "tokenizer": ("scenes",), "vae": ("scenes",), "clip": ("scenes", "tokenizer"),
     "unet": ("scenes", "tokenizer", "vae", "clip"), "assemble": ("scenes", "tokenizer", "vae", "clip", "unet"),
 }  # fmt: skip
+LATENTS = "latents-"  # folders of a U-Net's pictures, encoded: not learnt, and they know what they were made from
 
 
 @dataclass(frozen=True)
@@ -72,18 +73,22 @@ class Work:
         return CheckpointFolder(self.of(phase), self.say).publish("final", contents, facts)
 
     def restart(self, phase: str) -> None:
-        """Forget a phase, checkpoints and all; what came after it no longer fits and is refused by name.
+        """Forget a phase, checkpoints and all; what came after it no longer fits and is refused by name. Latents stay.
 
         Raises UserError (refused) while another process learns it.
         """
         if self.of(phase).is_dir():
             with CheckpointFolder(self.of(phase), self.say).lock():
-                for entry in self.of(phase).iterdir():
+                entries = list(self.of(phase).iterdir())
+                for entry in entries:
+                    if entry.name.startswith(LATENTS):
+                        continue
                     if entry.is_dir():
                         folders.remove_folder(entry)
                     elif entry.name != folders.LOCK_NAME:  # it is open, and with it the folder cannot be renamed on Windows
                         files.delete_files([entry])
-            folders.remove_folder(self.of(phase))
+            if not any(entry.name.startswith(LATENTS) for entry in entries):
+                folders.remove_folder(self.of(phase))
 
 
 def identity(result: Checkpoint) -> str:
@@ -92,7 +97,7 @@ def identity(result: Checkpoint) -> str:
 
 
 def _learnt(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name not in NOT_LEARNT}
+    return {name: value for name, value in (ADDED | dict(settings)).items() if name not in NOT_LEARNT}
 
 
 def settings_of(settings: ScratchSettings, phase: str) -> dict[str, Any]:

@@ -99,16 +99,18 @@ def _leave_interrupts() -> None:
 def read_pictures(result: Checkpoint, split: str, limit: int | None = None) -> Pictures:
     """The published scenes of a split, or the first ``limit`` of them. Raises UserError (refused) for a damaged file."""
     found: list[Scene] = []
-    arrays: list[np.ndarray] = []
+    files: list[bytes] = []  # small, until all are known: the pixels of all are several GB and are held once
     for name in sorted(name for name in result.files if name.startswith(split) and name.endswith(".json")):
         pngs, start = result.read(name.removesuffix("json") + "png-s"), 0
         for entry in json.loads(result.read(name)):
             if limit is not None and len(found) == limit:
                 break
             found.append(Scene.from_dict(entry["scene"]))
-            arrays.append(np.asarray(Image.open(io.BytesIO(pngs[start : start + entry["bytes"]]))))
+            files.append(pngs[start : start + entry["bytes"]])
             start += entry["bytes"]
-    pixels = torch.from_numpy(np.stack(arrays)) if arrays else torch.empty(0, SIZE_PX, SIZE_PX, 3, dtype=torch.uint8)
+    pixels = torch.empty(len(files), SIZE_PX, SIZE_PX, 3, dtype=torch.uint8)
+    for place, file in zip(pixels.numpy(), files):
+        place[:] = np.asarray(Image.open(io.BytesIO(file)))
     return Pictures(found, pixels.permute(0, 3, 1, 2))
 
 

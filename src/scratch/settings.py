@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from src.config import ModelConfig, check_machine
 from src.errors import usage_error
+from src.model_files import EMBEDDED
 
 PHASES = ("scenes", "tokenizer", "vae", "clip", "unet", "assemble")
 PRECISIONS = ("auto", "fp32", "bf16")
 SWITCHES = ("auto", "on", "off")
+ADDED = {"transformer_layers": 1, "caption_dropout_clear": 0.1}  # settings of later versions, and what stood for them before
 NOT_LEARNT = ("validation_steps", "checkpoint_steps", "examined")  # settings that change nothing of what is learnt
 MAX_SCENES = 400_000  # a manifest lists a thousand files
 
@@ -129,6 +132,11 @@ class ScratchSettings:
     machine: MachineSettings = field(default_factory=MachineSettings)
 
 
+def model_folder(name: str | None) -> Path:
+    """What ``--model`` names: a folder, or the model that ships."""
+    return EMBEDDED if name in (None, "embedded") else Path(str(name)).expanduser()
+
+
 def check(settings: ScratchSettings) -> None:
     """Refuse numbers that cannot work, before anything is drawn or loaded. Raises UserError (usage)."""
     for section in fields(settings):
@@ -144,6 +152,13 @@ def check(settings: ScratchSettings) -> None:
         raise usage_error(f"machine.precision '{settings.machine.precision}' is not known; choose {', '.join(PRECISIONS)}")
     if settings.machine.compile not in SWITCHES:
         raise usage_error(f"machine.compile '{settings.machine.compile}' is not known; choose {', '.join(SWITCHES)}")
+    for name in ("vae", "clip", "unet"):
+        part = getattr(settings, name)
+        if part.warmup_steps >= part.steps:
+            raise usage_error(
+                f"{name}.warmup_steps {part.warmup_steps} of {part.steps} steps would never let the rate fall; add --set "
+                f"{name}.warmup_steps={part.steps // 10}"
+            )
     scale = 2 ** (len(settings.vae.channels) - 1)
     if settings.vae.crop_px % scale or not scale <= settings.vae.crop_px <= 128:
         raise usage_error(f"vae.crop_px {settings.vae.crop_px} is no multiple of {scale} up to 128")

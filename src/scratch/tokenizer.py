@@ -32,9 +32,12 @@ def learn_tokenizer(work: Work, settings: ScratchSettings, terminal: Terminal) -
     words = {word for caption in captions for word in caption.split()}
     known = set(vocabulary(merges))
     figures = {"tokens": len(known), "words": len(words), "words_of_one_token": sum(f"{word}{MARK}" in known for word in words)}
-    figures["longest"] = longest = max(len(caption.split()) for caption in captions) + 2  # with begin and end
+    count = {word: len(tokens_of(word, merges)) for word in words}
+    figures["longest"] = longest = max(sum(map(count.__getitem__, caption.split())) for caption in captions) + 2  # begin, end
     if longest > settings.tokenizer.length:
-        raise usage_error(f"tokenizer.length {settings.tokenizer.length}: the longest caption has {longest} tokens")
+        raise usage_error(
+            f"tokenizer.length {settings.tokenizer.length}: with {len(merges)} merges the longest caption has {longest} tokens"
+        )
     work.publish("tokenizer", settings, contents, figures, inputs)
     terminal.say(f"tokenizer {figures['tokens']} tokens; {figures['words_of_one_token']} of {len(words)} words are one token")
     return figures
@@ -49,9 +52,7 @@ def read_captions(work: Work) -> list[str]:
 
 def learn_merges(words: Counter[str], count: int) -> list[tuple[str, str]]:
     """Up to ``count`` pairs of symbols in the order in which they are joined; of equally frequent ones the first by name."""
-    letters = bytes_to_unicode()
-    spelt = {word: [letters[byte] for byte in word.encode()] for word in words}
-    symbols = {word: [*part[:-1], part[-1] + MARK] for word, part in spelt.items()}
+    symbols = {word: spelt(word) for word in words}
     merges: list[tuple[str, str]] = []
     while len(merges) < count:
         pairs: Counter[tuple[str, str]] = Counter()
@@ -64,6 +65,21 @@ def learn_merges(words: Counter[str], count: int) -> list[tuple[str, str]]:
         merges.append(best)
         symbols = {word: joined(parts, best) for word, parts in symbols.items()}
     return merges
+
+
+def spelt(word: str) -> list[str]:
+    """A word as bytes, each written as a letter; the last one ends it."""
+    letters = bytes_to_unicode()
+    parts = [letters[byte] for byte in word.encode()]
+    return [*parts[:-1], parts[-1] + MARK]
+
+
+def tokens_of(word: str, merges: Iterable[tuple[str, str]]) -> list[str]:
+    """What a word is cut into."""
+    parts = spelt(word)
+    for pair in merges:
+        parts = joined(parts, pair)
+    return parts
 
 
 def joined(parts: list[str], pair: tuple[str, str]) -> list[str]:

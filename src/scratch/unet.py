@@ -47,7 +47,7 @@ from src.scratch import clip, phase_report, vae
 from src.scratch.card import BEGAN_FROM, LAYERS, SAMPLES, SKILL, check_begin, files_of
 from src.scratch.learning import Lesson, device_of, learn, precision_of
 from src.scratch.muon import has_fast_bf16
-from src.scratch.phases import Work
+from src.scratch.phases import LATENTS, Work
 from src.scratch.pictures import read_pictures
 from src.scratch.settings import ScratchSettings, UnetSettings
 from src.scratch.tokenizer import read_tokenizer
@@ -273,7 +273,7 @@ def timesteps_by(weights: Tensor, count: int, random: torch.Generator) -> Tensor
 
 def gather(work: Work, settings: ScratchSettings, split: str, autoencoder: torch.nn.Module, terminal: Terminal) -> Material:
     """Latents, which are kept on the disk, and embeddings of a split. ``autoencoder`` is the published VAE."""
-    inputs, kept = work.inputs("unet"), work.of("unet") / f"latents-{split}"
+    inputs, kept = work.inputs("unet"), work.of("unet") / f"{LATENTS}{split}"
     pictures = read_pictures(work.result("scenes"), split)
     try:
         held = read_manifest(kept)

@@ -80,7 +80,7 @@ def train(job: Job, progress: Progress, stop: Interruption) -> None:
             factor = lr_factor(job.train, progress.step, job.total_steps)
             for group in job.optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
-            job.memory.begin_step()
+            job.memory.begin_step(bool(job.optimizer.state))
             loss = _gather_within_memory(job, progress.step)
             grad_norm = float(job.accelerator.clip_grad_norm_(list(trainable.values()), job.train.max_grad_norm))
             is_finite = _apply(job, loss, grad_norm)
@@ -100,6 +100,7 @@ def train(job: Job, progress: Progress, stop: Interruption) -> None:
             losses = []
         job.show(progress, loss, rate)
         if _is_due(progress.step, job.train.validation_steps or job.train.checkpoint_steps, job.total_steps):
+            job.memory.end_measuring()
             job.judge(progress)
         if _is_due(progress.step, job.train.checkpoint_steps, job.total_steps):
             job.save(progress)
@@ -118,7 +119,7 @@ def _gather_within_memory(job: Job, step: int) -> float:
                 raise
         # Outside of the except block: inside, the error's frames would keep the tensors that filled the memory.
         job.optimizer.zero_grad()
-        job.memory.step_down(step + 1, job.train.batch_size)
+        job.history.add("event", step + 1, text=job.memory.step_down(step + 1))
 
 
 def _gather_gradients(job: Job, step: int) -> float:

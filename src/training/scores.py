@@ -157,7 +157,7 @@ def some_photos(photos: Sequence[Any]) -> Sequence[Any]:
 
 def shows_subject(prompts: Sequence[str], trigger: str | None) -> list[bool]:
     """Whether each prompt asks for the subject: it holds the trigger; where none does, all of them."""
-    named = [trigger is not None and trigger.casefold() in prompt.casefold() for prompt in prompts]
+    named = [bool(trigger and trigger.split() and re.search(_words(trigger), prompt, re.IGNORECASE)) for prompt in prompts]
     return named if any(named) else [True] * len(prompts)
 
 
@@ -200,9 +200,14 @@ def without_trigger(prompt: str, trigger: str | None) -> str:
     if trigger is None or not trigger.split():
         return prompt
     words = trigger.split()
-    pattern = r"(?<!\w)" + r"\s+".join(map(re.escape, words)) + r"(?!\w)"
-    replaced = re.sub(pattern, lambda found: found[0].split()[-1] if len(words) > 1 else "", prompt, flags=re.IGNORECASE)
+    pattern = re.compile(_words(trigger), re.IGNORECASE)
+    replaced = pattern.sub(lambda found: found[0].split()[-1] if len(words) > 1 else "", prompt)
     return " ".join(replaced.split())
+
+
+def _words(trigger: str) -> str:
+    """A pattern of the trigger as words of their own: "cat" is not in "scattered"."""
+    return r"(?<!\w)" + r"\s+".join(map(re.escape, trigger.split())) + r"(?!\w)"
 
 
 def balance(score: Score, base: Score | None) -> float | None:

@@ -88,7 +88,8 @@ class Trainer:
             self.terminal.end_progress()
         # Outside of the except block: inside, the error's frames would keep the tensors that filled the memory.
         optimizations.free_memory()
-        raise self.memory.ran_out(self.progress.step + 1, self._is_encoding)
+        way_out = "use a smaller --resolution" if self._is_encoding else self.learning.way_out()  # a step has its own
+        raise self.memory.ran_out(self.progress.step + 1, way_out)
 
     def _train(self, store: CheckpointFolder, checkpoint: Checkpoint | None, force: bool) -> ExitCode:
         job, saver, judge = self._prepare(store)
@@ -170,7 +171,7 @@ class Trainer:
         config = self.learning.loading(self.run.app_config())
         config.model.device = self.accelerator.device.type  # its own of several processes' cards, else the current one
         started = time.monotonic()
-        # On a card the VAE is exact: it works once for all steps, and SDXL's overflows in fp16.
+        # On a card the VAE is in fp32, as its file has it: it works once for all steps, and SDXL's overflows in fp16.
         model = base_models.load(config, vae_dtype=None if config.model.device == "cpu" else torch.float32)
         if line := base_models.idle_card(self.run.model.device, model.device):
             self.say(f"idle    {line}")
