@@ -11,6 +11,7 @@ from PIL import Image
 
 from src.errors import ExitCode, UserError
 from src.evaluation import adherence, adherence_report, proof, skills
+from src.evaluation.mistakes import CHANGES
 from src.generator import TextToImageGenerator
 from src.scenes import drawing
 
@@ -149,6 +150,9 @@ def test_the_proof_prints_its_table_and_fails_out_of_bounds(tmp_path: Path, caps
     adherence.run(options("--prove", "--count", "30", output=tmp_path), print)
     assert json.loads((tmp_path / "proof.json").read_text())["holds"] is True
     assert "wrong pairs" in capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text()
+    assert all(text in page for text in ("as rendered", *(what for what in CHANGES), "held to be: "))
+    assert page.count("<img") == len(proof.WEARS) + len(CHANGES)
     monkeypatch.setattr(proof, "MIN_RIGHT", 1.1)
     with pytest.raises(UserError, match="not within its bounds"):
         adherence.run(options("--prove", "--count", "30", output=tmp_path), print)

@@ -295,14 +295,16 @@ def _prove(folder: Path, settings: AdherenceSettings, idle: list[str], has_count
     """Print and write the proof's table; a failure when the checker does not keep its bounds."""
     if idle:
         raise usage_error(f"--prove draws nothing; leave out {', '.join(idle)}")
-    from src.evaluation import proof
+    from src.evaluation import adherence_report, proof
 
     if has_count and settings.count < proof.MIN_COUNT:
         raise usage_error(f"--count {settings.count}: too few to prove anything; take {proof.MIN_COUNT} or more")
     result = proof.prove(settings.count if has_count else proof.COUNT, settings.seed, print)
     check_writable_folder(folder)
     path = publish_bytes(folder / "proof.json", (json.dumps({"version": VERSION, **result}, indent=1) + "\n").encode())
+    publish_bytes(folder / REPORT, adherence_report.proof_page(result, *proof.examples(settings.seed)))
     say(f"proof   {path}")
+    say(f"report  {folder / REPORT}")
     if not result["holds"]:
         raise UserError(f"{path}: the checker is not within its bounds; look at its failures there")
     return ExitCode.OK

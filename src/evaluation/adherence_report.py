@@ -14,6 +14,7 @@ from src.evaluation.skills import SKILLS, TARGET, TARGETS, Judged, Scores, Share
 from src.version import VERSION
 
 MAX_RIGHT, MAX_WRONG = 36, 72
+Pairs = Sequence[tuple[str, Image.Image]]  # captions and pictures
 _PICTURE_PX = 128
 _ON_SKILLS = """\
 After GenEval (Ghosh et al. 2023): a picture is asked about each skill that its prompt needs, and counts only when it is right \
@@ -23,6 +24,9 @@ captions as there are: pictures of one caption resemble each other."""
 _ON_CHECKS = """\
 All pictures, unseen combinations too, check by check: what passes, whatever else is wrong with the picture. Of a landscape, \
 background means time, sky and hills, count the trees, colours the house."""
+_ON_PROOF = """\
+It holds where at least 99.5 % of rendered truth is right, at most 1 % of the wrong pictures are accepted, as drawn and worn, \
+and at most 3 % of those that differ in any one thing. A wrong picture is drawn from its own scene and held to be of another."""
 _ON_PICTURES = """\
 The checker works by colours and shapes alone; a picture that looks right to you and is listed as wrong is worth reporting."""
 
@@ -55,6 +59,37 @@ def page(scores: Scores, pictures: Sequence[Image.Image], facts: Mapping[str, An
         report.section("Settings", report.facts(head)),
     ]
     return report.page(f"Adherence of {settings.get('model', 'pictures')}", *parts)
+
+
+def proof_page(result: Mapping[str, Any], worn: Pairs, wrong: Pairs) -> bytes:
+    """The report of ``--prove``: its tables, an example of each wear and of each change, and the pictures that it misjudged.
+
+    ``result`` is that of `src.evaluation.proof.prove`, ``worn`` and ``wrong`` are that room's `examples`.
+    """
+    kinds = list(next(iter(result["truth"].values())))
+    shares = [[name, *(_share(row.get(kind)) for kind in kinds)] for name, row in result["truth"].items()]
+    changes = [[name, _share(row), str(row["count"])] for name, row in result["wrong"].items()]
+    failed = [[item["wear"], item["caption"], item["faults"]] for item in result["failed"]]
+    accepted = [[item["what"], item["caption"], item["shown"]["caption"]] for item in result["accepted"]]
+    facts = {name: result[name] for name in ("holds", "count", "seed", "min_count")}
+    parts = [
+        report.section("Bounds", report.facts(facts), report.text(_ON_PROOF)),
+        report.section("Rendered truth, right", report.table(["as", *kinds], shares), _strip(worn)),
+        report.section("Wrong pictures, accepted", report.table(["differs in", "share", "count"], changes), _strip(wrong)),
+        report.section(f"Truth that was refused: {len(failed)}", report.table(["as", "caption", "faults"], failed)),
+        report.section(
+            f"Wrong pictures that were accepted: {len(accepted)}", report.table(["what", "caption", "drawn"], accepted)
+        ),
+    ]
+    return report.page("The proof of the checker", *parts)
+
+
+def _share(row: Mapping[str, Any] | None) -> str:
+    return "–" if row is None or row["share"] is None else f"{row['share']:.4f}"
+
+
+def _strip(pairs: Pairs) -> str:
+    return report.gallery([report.picture(picture, caption, _PICTURE_PX) for caption, picture in pairs])
 
 
 def _cells(share: Share) -> tuple[str, str, str]:

@@ -102,6 +102,8 @@ def _plan(x: Axis, y: Axis | None, typed: dict[str, Any], say: drawing.Say) -> l
             for axis, index in sorted(places, key=lambda place: place[0].name == "lora_scale"):  # it weighs what is there
                 wanted = axis.over(wanted, index)
             cells.append(Cell(row, column, desk.order(wanted)))
+    if {"lora", "lora_scale"} & {axis.name for axis in (x, y) if axis is not None}:
+        drawing.refuse_tags([cell.order for cell in cells])
     if y is None or x.is_costly > y.is_costly:
         cells.sort(key=lambda cell: cell.column)
     return cells

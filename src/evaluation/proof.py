@@ -60,6 +60,14 @@ def prove(count: int, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def examples(seed: int) -> tuple[list[tuple[str, Image.Image]], list[tuple[str, Image.Image]]]:
+    """A picture as each wear leaves it, and one of each change, each with what it is held to be: for the report."""
+    scene, random = truth(1, seed)[0], Random(seed)
+    worn = [(f"{name}\n{scene.caption}", wear(drawing.draw(scene), random)) for name, wear in WEARS.items()]
+    wrong = {pair.what: pair for pair in wrong_pairs(len(CHANGES), seed)}
+    return worn, [(f"{what}\nheld to be: {pair.scene.caption}", pair.picture()) for what, pair in wrong.items()]
+
+
 def is_refused(every: Share, changes: Mapping[str, Share], worn: Share) -> bool:
     """Whether few enough wrong pairs pass: in all, worn, and change by change, where a single one of few is within chance."""
     few = all(share.right <= max(1, MAX_ACCEPTED_OF_KIND * share.count) for share in changes.values())
