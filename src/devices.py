@@ -147,7 +147,14 @@ def available_memory_bytes(meminfo: str | None = None) -> int | None:
     """Main memory that programs can still get without swapping; None where the system does not say (macOS)."""
     if sys.platform == "win32":
         return _windows_memory().available
-    return _meminfo_bytes("MemAvailable", meminfo)
+    found = [_meminfo_bytes("MemAvailable", meminfo), _container_bytes() if meminfo is None else None]
+    return min((amount for amount in found if amount is not None), default=None)
+
+
+def driver_spills() -> bool:
+    """Whether a full card goes on in the machine's memory, a hundred times slower, in place of an error: Windows' driver,
+    which is also that of Linux within Windows (WSL)."""
+    return sys.platform == "win32" or "microsoft" in _read_text("/proc/sys/kernel/osrelease").lower()
 
 
 def cpu_has_bf16(cpuinfo: str | None = None) -> bool:
@@ -199,6 +206,24 @@ def _meminfo_bytes(field: str, meminfo: str | None) -> int | None:
         name, _, value = line.partition(":")
         if name == field:
             return int(value.split()[0]) * 1024  # the file says kB and means KiB
+    return None
+
+
+def _container_bytes(cgroup: str | None = None, root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What a container, or another control group, may still take of its limit; None where there is none.
+
+    ``cgroup`` stands for the text of /proc/self/cgroup. Version 2, and version 1 where that is mounted. Pages of files that
+    the system gives back at once do not count as taken.
+    """
+    lines = (_read_text("/proc/self/cgroup") if cgroup is None else cgroup).splitlines()
+    own = next((line.split(":", 2)[2] for line in lines if line.startswith("0::")), "")
+    names = {"memory.max": "memory.current", "memory.limit_in_bytes": "memory.usage_in_bytes"}
+    for folder in (root / own.lstrip("/"), root, root / "memory"):
+        for limit, used in names.items():
+            numbers = [_read_text(str(folder / name)).strip() for name in (limit, used)]
+            if all(number.isdecimal() for number in numbers):  # "max": no limit
+                stat = dict(line.split(" ", 1) for line in _read_text(str(folder / "memory.stat")).splitlines())
+                return max(0, int(numbers[0]) - int(numbers[1]) + int(stat.get("inactive_file", "0")))
     return None
 
 

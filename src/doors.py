@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from src import processes
-from src.errors import ExitCode, UserError, explain_unexpected
+from src.errors import ExitCode, UserError, explain_unexpected, is_out_of_memory
 from src.terminal import Terminal
 
 
@@ -48,6 +48,10 @@ def guard(argv: Sequence[str], terminal: Terminal, action: Callable[[], int], on
     except Exception as error:
         if "--debug" in argv:
             raise
+        if is_out_of_memory(error):  # where no smaller plan is at hand: while a model is loaded, or converted
+            way_out = "close other programs, or use a smaller model, or --precision bf16 on a CPU"
+            terminal.error(f"out of memory; {way_out}", ExitCode.OUT_OF_MEMORY)
+            return ExitCode.OUT_OF_MEMORY
         terminal.error(_not_installed(error) or explain_unexpected(error), ExitCode.FAILURE)
         return ExitCode.FAILURE
 

@@ -4,6 +4,19 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+_OUT_OF_MEMORY_TEXTS = (
+    "out of memory",  # CUDA's own, and MPS's
+    "Invalid buffer size",  # MPS, of one buffer larger than Metal makes
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUDNN_STATUS_NOT_INITIALIZED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",  # since cuDNN 9
+    "unable to find an engine to execute this computation",  # cuDNN, when none of its algorithms found room
+    "can't allocate memory",  # torch's CPU allocator
+    "not enough memory",  # the same on Windows
+)
+
 
 class ExitCode(IntEnum):
     """The program's exit codes; a shell script can branch on them."""
@@ -45,6 +58,11 @@ def not_found(message: str) -> UserError:
 def refused(message: str) -> UserError:
     """An input that is there but must not or cannot be used."""
     return UserError(message, ExitCode.REFUSED)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is one of the many shapes of "out of memory", on cards and on the CPU."""
+    return isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY_TEXTS)
 
 
 def explain_unexpected(error: BaseException) -> str:

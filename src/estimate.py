@@ -12,6 +12,7 @@ from src.errors import not_found, refused
 from src.measured_peaks import MeasuredPeaks, peak_key
 from src.memory_plan import WINDOWS_RESERVE_BYTES
 from src.memory_prediction import GIB
+from src.model_files import read_json
 from src.named_files import NamedFiles, adapter_weights
 from src.plan_report import table
 from src.prompts import extract_loras
@@ -85,7 +86,8 @@ def estimate(config: AppConfig, request: PictureRequest) -> Answer:
         request, shapes.native_px, place.precision,
         lora_bytes=memory_prediction.adapter_bytes(_adapter_files(config, request), place.precision),
         safety_checker=source.kind != "file" and not config.optimization.disable_safety_checker,
-        quantize=config.optimization.quantize,
+        quantize=config.optimization.quantize, attention_slicing=config.optimization.enable_attention_slicing,
+        unet=shapes.unet,
     )  # fmt: skip
     key = peak_key(place.name, source.name, shapes, need, request.mode, config)
     measured = MeasuredPeaks(config.paths.folder("cache")).of(key)
@@ -97,11 +99,20 @@ def estimate(config: AppConfig, request: PictureRequest) -> Answer:
 
 def find_model(config: AppConfig) -> tuple[model_source.Source, model_shapes.ModelShapes]:
     """The model and its shapes: bundled for a known hub id, which need not be here, else from its configs on disk."""
+    source, shapes = _find_own(config)
     model, cache = config.model, config.paths.folder("cache")
     if model.vae:
         vae = model_source.resolve_vae(model.vae, cache, model.offline)
-        if vae.kind == "file":
+        if vae.kind == "file":  # brings no configuration: that of the model's own
             read_header(vae.path)
+        elif vae.path is not None:  # another one may do without fp32
+            shapes = replace(shapes, vae=read_json(model_files.vae_folder(vae.path) / "config.json", "take a whole copy"))
+    return source, shapes
+
+
+def _find_own(config: AppConfig) -> tuple[model_source.Source, model_shapes.ModelShapes]:
+    """The same, with the model's own VAE."""
+    model, cache = config.model, config.paths.folder("cache")
     if model.model_id in model_shapes.BUNDLED:
         return model_source.Source("hub", None, model.model_id), model_shapes.bundled_shapes(model.model_id)
     checker = not config.optimization.disable_safety_checker

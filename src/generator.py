@@ -16,10 +16,11 @@ from PIL import Image
 from src import base_models, conditioning, denoising, files, images, model_shapes, model_source, optimizations, prompts
 from src.config import AppConfig, ModelConfig, check_types
 from src.drawn_recipe import describe_picture, picture_ref
-from src.errors import usage_error
+from src.errors import is_out_of_memory, usage_error
 from src.lora.shelf import LoraShelf, last_of_each
 from src.lora.stack import AdapterStack, LoraReport
 from src.memory_ladder import MemoryLadder, Result
+from src.memory_plan import check_xformers
 from src.recipe import to_text_chunks
 from src.request import MAX_SEED, LoraChoice, PictureRequest
 from src.schedulers import build_scheduler, find_sampler
@@ -78,8 +79,11 @@ class TextToImageGenerator:
         self._loras = loras  # at once: should loading fail, they are attached when it succeeds
         check_types(self.config)
         started = time.monotonic()
+        if self.config.optimization.enable_xformers:
+            check_xformers(base_models.pick_device(self.config.model.device).type)
         model = base_models.load(self.config)
         shapes = model_shapes.read_shapes(model.config_folder)
+        shapes = replace(shapes, vae=dict(model.pipeline.vae.config))  # another one may do without fp32
         seconds = time.monotonic() - started
         self.say(f"model   {model.name} ({model.family}), {model.precision} on {model.device}, {seconds:.1f} s")
         unused = base_models.idle_card(self.config.model.device, model.device)
@@ -235,7 +239,7 @@ class TextToImageGenerator:
         except denoising.NotFinite:
             return []
         except (MemoryError, RuntimeError) as error:
-            if not optimizations.is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         finally:
             pipeline.maybe_free_model_hooks()  # under model offload the VAE would stay beside the U-Net

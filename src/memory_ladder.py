@@ -16,7 +16,7 @@ import torch
 from src import devices, memory_plan, native, optimizations
 from src.base_models import LoadedModel
 from src.config import AppConfig, OptimizationConfig
-from src.errors import ExitCode, UserError
+from src.errors import ExitCode, UserError, is_out_of_memory
 from src.measured_peaks import MeasuredPeaks, peak_key
 from src.memory_prediction import CPU, Placement, Request, adapter_bytes, predict
 from src.model_shapes import ModelShapes
@@ -64,7 +64,7 @@ class MemoryLadder:
             try:
                 return action()
             except (MemoryError, RuntimeError) as error:
-                if not optimizations.is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
             # Outside of the except block: inside, the error's frames would keep the tensors that filled the memory.
             self._step_down(request)
@@ -116,6 +116,7 @@ class MemoryLadder:
         self._need = Request.of(
             request, model.native_size_px, model.precision,
             lora_bytes=lora_bytes, safety_checker=checker, quantize=options.quantize,
+            attention_slicing=options.enable_attention_slicing, unet=self._shapes.unet,
         )  # fmt: skip
         self._key = peak_key(model.device_name, model.name, self._shapes, self._need, request.mode, self._config)
         free_bytes = devices.available_memory_bytes() if self._budget_bytes is None else None
@@ -154,13 +155,14 @@ class MemoryLadder:
             plan = self._choose(request)
             if plan.placement != failed.placement:
                 self._say(f"memory  ran out with plan {failed.placement.name}; trying a smaller one")
-                self.within(request, lambda: self._take(plan))
+                self.within(request, lambda: self._place(request))  # chosen anew each time: the smaller one may fail as well
                 optimizations.reset_peak(self.model.device)  # what failed is no measure of what comes
                 return
         if not self._move_to_cpu(request):
             size = f"{request.width or self.model.native_size_px}x{request.height or self.model.native_size_px}"
             wanted = f"{size}, batch size {request.batch_size}, plan {failed.placement.name}"
-            way_out = "use --batch-size 1 or a smaller size" if request.batch_size > 1 else "use a smaller size or model"
+            smaller = "use --batch-size 1 or a smaller size" if self._need.batch_size > 1 else "use a smaller size or model"
+            way_out = f"leave --quantize {self._quantize} out, or {smaller}" if self._quantize else smaller
             raise UserError(f"out of memory ({wanted}); {way_out}", ExitCode.OUT_OF_MEMORY)
 
     def _move_to_cpu(self, request: PictureRequest) -> bool:
@@ -171,6 +173,8 @@ class MemoryLadder:
         if self._budget_bytes is None or is_there or shares_memory or self._quantize:
             return False
         free_bytes = devices.available_memory_bytes()
+        if free_bytes is not None and self.plan.placement.offload is not None:
+            free_bytes += optimizations.memory_in_use_bytes(torch.device("cpu"))  # the weights are in it already
         if free_bytes is not None and predict(self._shapes, replace(self._need, precision="fp32"), CPU).peak_bytes > free_bytes:
             return False
         self._say(f"memory  ran out with plan {self.plan.placement.name}; going on with the CPU in fp32, which is slow")

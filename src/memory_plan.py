@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from src import devices
 from src.config import MEMORY_MODES, QUANTIZATIONS, OptimizationConfig
 from src.errors import UserError, usage_error
 from src.memory_prediction import CPU, GIB, PLANS, Estimate, Placement, Request, predict
@@ -33,6 +34,7 @@ class Plan:
     notes: tuple[str, ...] = ()  # what the user should know beside: a switch without effect, memory that is short
     quantize: str | None = None  # the form of the U-Net's matrices
     measured: Mapping[str, int] = field(default_factory=dict)  # placement -> bytes: what it took the last time
+    way_out: str = ""  # where nothing fits: what would
 
     @property
     def peak_bytes(self) -> int:
@@ -60,19 +62,23 @@ def budget_of(options: OptimizationConfig) -> int | None:
 def card_budget(free_bytes: int, options: OptimizationConfig) -> int:
     """Bytes that a plan may use of a card's free ones: all, less Windows' reserve there, or ``max_vram_gb``. Raises as that."""
     wanted_bytes = budget_of(options)
-    usable_bytes = free_bytes - (WINDOWS_RESERVE_BYTES if sys.platform == "win32" else 0)
+    usable_bytes = free_bytes - (WINDOWS_RESERVE_BYTES if devices.driver_spills() else 0)
     return usable_bytes if wanted_bytes is None else min(usable_bytes, wanted_bytes)
 
 
 def _has_compiler() -> bool:
-    return importlib.util.find_spec("triton") is not None or shutil.which("cl") is not None
+    """Whether torch.compile finds what turns its code into programs: triton needs one, too, but on Windows brings its own."""
+    if sys.platform == "win32":
+        return importlib.util.find_spec("triton") is not None or shutil.which("cl") is not None
+    return any(map(shutil.which, ("g++", "c++", "clang++", "gcc", "cc", "clang")))
 
 
 def check_switches(options: OptimizationConfig) -> None:
     """Refuse unknown modes and switches that contradict each other, before a model is loaded. Raises UserError (usage)."""
     budget_of(options)
-    if options.enable_torch_compile and sys.platform == "win32" and not _has_compiler():
-        raise usage_error("--torch-compile needs triton-windows (pip) for a card, Visual C++ for a CPU; leave it out")
+    if options.enable_torch_compile and not _has_compiler():
+        needed = "triton-windows (pip) for a card, Visual C++ for a CPU" if sys.platform == "win32" else "a C++ compiler (g++)"
+        raise usage_error(f"--torch-compile needs {needed}; leave it out")
     if options.memory not in MEMORY_MODES:
         raise usage_error(f"memory '{options.memory}' is not known; choose {', '.join(MEMORY_MODES)}")
     if options.quantize not in (None, *QUANTIZATIONS):
@@ -90,6 +96,16 @@ def check_switches(options: OptimizationConfig) -> None:
             f"--quantize {options.quantize} and {wanted} offload exclude each other: quantised layers are moved whole; "
             "use --memory balanced, or leave --quantize out"
         )
+
+
+def check_xformers(device: str) -> None:
+    """Refuse xformers where it is not, or where it has no code. ``device`` as configured or as torch calls it."""
+    if importlib.util.find_spec("xformers") is None:
+        raise usage_error(
+            "xformers is not installed; install it, or leave it out: torch's own attention is as fast on most cards"
+        )
+    if device in ("cpu", "mps") or (device == "auto" and not devices.detect_cards()):
+        raise usage_error("--xformers needs an NVIDIA card; leave it out")
 
 
 def no_card_to_quantize_on(kind: str) -> UserError:
@@ -132,20 +148,48 @@ def choose(
         placement, estimate, fits, peaks[:chosen], peaks[chosen + 1 :], budget_bytes,
         quantize=request.quantize, measured=measured,
     )  # fmt: skip
-    return replace(plan, notes=tuple(_notes(plan, forced, memory_bytes, request)))
+    way_out = "" if fits or budget_bytes is None else _way_out(shapes, request, budget_bytes, forced)
+    return replace(plan, notes=tuple(_notes(plan, forced, memory_bytes, request)), way_out=way_out)
+
+
+def _way_out(shapes: ModelShapes, request: Request, budget_bytes: int, forced: OptimizationConfig) -> str:
+    """The first of the switches that are set without which something fits; a smaller picture or model, if there is none."""
+    free = {"memory": "auto", "enable_model_cpu_offload": False, "enable_sequential_cpu_offload": False}
+    changes = {
+        f"--memory {forced.memory}": free if MODES.get(forced.memory) else None,
+        "--model-cpu-offload": free if forced.enable_model_cpu_offload else None,
+        "--quantize nf4 in place of int8": {"quantize": "nf4"} if forced.quantize == "int8" else None,
+        f"--quantize {forced.quantize}": {**free, "quantize": None} if forced.quantize else None,
+        "--deep-cache": {} if request.deep_cache > 1 else None,
+        "--attention-slicing": {"enable_attention_slicing": False} if request.attention_slicing else None,
+    }
+    for name, change in changes.items():
+        if change is None:
+            continue
+        asked = replace(request, quantize=change.get("quantize", request.quantize))
+        asked = replace(asked, deep_cache=1) if name == "--deep-cache" else asked
+        asked = replace(asked, attention_slicing=False) if name == "--attention-slicing" else asked
+        options = replace(forced, **change)
+        peaks = [predict(shapes, asked, placement).peak_bytes for placement in _candidates(True, options, asked)]
+        if any(peak <= budget_bytes for peak in peaks):
+            return name if " in place of " in name else f"leaving out {name}"
+    return "a smaller picture or model"
 
 
 def _notes(plan: Plan, forced: OptimizationConfig, memory_bytes: int | None, request: Request) -> Iterator[str]:
     if plan.budget_bytes is not None:
         if not plan.fits and forced.memory == "fast":
             yield "all on the card is predicted not to fit; should memory run out, a smaller plan is taken"
-        if request.deep_cache > 1 and plan.placement.offload == "sequential" != _wanted_offload(forced):
+        was_asked_for = "sequential" in (_wanted_offload(forced), MODES.get(forced.memory))
+        if request.deep_cache > 1 and plan.placement.offload == "sequential" and not was_asked_for:
             yield "--deep-cache rules out group offload, which is faster than this plan"
         return
     if offload := _wanted_offload(forced):
         yield f"{offload} CPU offload has no effect without a card"
     if forced.memory != "auto":
         yield f"--memory {forced.memory} has no effect without a card"
+    if forced.max_vram_gb is not None:
+        yield f"--max-vram {forced.max_vram_gb:g} has no effect without a card"
     if not plan.fits:
         yield f"needs {plan.peak_bytes / GIB:.2f} of {memory_bytes / GIB:.2f} GiB of free memory; may swap"
 

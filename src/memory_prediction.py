@@ -18,7 +18,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from src.model_shapes import Config, MapBytes, ModelShapes, decoder_activation_bytes, unet_activation_bytes, unet_blocks
+from src.model_shapes import (
+    Config,
+    MapBytes,
+    ModelShapes,
+    decoder_activation_bytes,
+    sliced_scores_bytes,
+    unet_activation_bytes,
+    unet_blocks,
+)
 from src.request import PictureRequest
 from src.tensor_files import read_header
 from src.unet_weights import ELEMENT_BYTES, largest_matrix, offload_groups, unet_bytes
@@ -44,6 +52,7 @@ class Request:
     quantize: str | None = None  # int8 | nf4: the U-Net's matrices
     deep_cache: int = 1  # what it keeps and leaves out is not predicted, but goes into what is measured
     token_merging: float = 0.0
+    attention_slicing: bool = False  # scores of half of the heads at once, in place of a fused kernel
 
     @classmethod
     def of(
@@ -55,19 +64,26 @@ class Request:
         lora_bytes: int = 0,
         safety_checker: bool = True,
         quantize: str | None = None,
+        attention_slicing: bool = False,
+        unet: Config | None = None,
     ) -> Request:
-        """What a run of ``picture`` asks for, on a model that draws ``native_px`` squares unless it is told otherwise."""
+        """What a run of ``picture`` asks for, on a model that draws ``native_px`` squares unless it is told otherwise.
+
+        ``unet``: its configuration, of a model that may draw without guidance (LCM), or one picture at a time (inpainting).
+        """
+        unet = unet or {}
         return cls(
             width_px=picture.width or native_px,
             height_px=picture.height or native_px,
-            batch_size=min(picture.batch_size, picture.num_images),
-            guidance=picture.guidance_scale > 1,
+            batch_size=1 if unet.get("in_channels") == 9 else min(picture.batch_size, picture.num_images),
+            guidance=picture.guidance_scale > 1 and unet.get("time_cond_proj_dim") is None,
             precision=precision,
             lora_bytes=lora_bytes,
             safety_checker=safety_checker,
             quantize=quantize,
             deep_cache=picture.deep_cache,
             token_merging=picture.token_merging,
+            attention_slicing=attention_slicing,
         )
 
 
@@ -201,6 +217,8 @@ def _unet_activations(shapes: ModelShapes, request: Request, placement: Placemen
     batch = request.batch_size * (2 if request.guidance else 1)
     size, element_bytes = _latent_size(shapes, request), ELEMENT_BYTES[request.precision]
     activations = unet_activation_bytes(shapes.unet, size, batch, element_bytes, workspace=placement.on_card)
+    if request.attention_slicing:
+        activations += sliced_scores_bytes(shapes.unet, size, 4 if shapes.unet.get("upcast_attention") else element_bytes)
     if request.quantize == "nf4":  # a matrix is brought back while it is used
         return activations + largest_matrix(shapes.unet) * element_bytes
     if request.quantize == "int8":  # a product is whole numbers of four bytes first

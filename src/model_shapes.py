@@ -14,6 +14,7 @@ channels-last for its tensor-core kernels. Peak of live tensors without it, fp16
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,15 @@ def bundled_shapes(model_id: str) -> ModelShapes | None:
         return read_shapes(EMBEDDED)
     name = BUNDLED.get(model_id, model_id)
     return read_shapes(ARCHITECTURES / name) if name in BUNDLED.values() else None
+
+
+def sliced_scores_bytes(unet: Config, latent_size: tuple[int, int], element_bytes: int) -> int:
+    """Two matrices of scores, before and after the softmax, of the half of the heads that diffusers' slicing takes at once."""
+    heads = _per_block(unet.get("num_attention_heads") or unet["attention_head_dim"], len(unet["block_out_channels"]))
+    down, mid, up = unet_blocks(unet)
+    crossed = [block for block in (*down, *([mid] if mid else []), *up) if block.depth]
+    tokens = {block.level: math.prod(-(-side >> block.level) for side in latent_size) for block in crossed}
+    return max((2 * max(1, heads[level] // 2) * count**2 * element_bytes for level, count in tokens.items()), default=0)
 
 
 def unet_activation_bytes(unet: Config, latent_size: tuple[int, int], batch: int, element_bytes: int, workspace: bool) -> int:

@@ -171,16 +171,28 @@ def _compile(
 ) -> tuple[ctypes.CDLL | None, str | None]:
     """Compile, load, and only then keep; a failure is kept as well, so that the next start does not try again."""
     try:
-        with tempfile.TemporaryDirectory() as temporary:
+        with _workshop(folder) as temporary:
             path = _build(compiler, threads, Path(temporary))
             library, data = _with_types(ctypes.CDLL(str(path))), path.read_bytes()
     except subprocess.SubprocessError as error:
-        said = (getattr(error, "stderr", None) or str(error)).splitlines()
+        stderr = getattr(error, "stderr", None) or str(error)
+        said = (stderr if isinstance(stderr, str) else stderr.decode(errors="replace")).splitlines()  # bytes after a timeout
         line = next((line for line in said if "error" in line), said[-1] if said else "no message")
-        _keep(folder, f"{stem}.failed", of_compiler.encode())
+        if any(f"{SOURCE.name}:" in one and "error" in one for one in said):  # not a full disk, or a machine that was busy
+            _keep(folder, f"{stem}.failed", of_compiler.encode())
         return None, f"{compiler} did not compile the kernels ({line.strip()[:200]}); torch's own draw, a little slower"
     _keep(folder, f"{stem}.so", _sealed(data))
     return library, None
+
+
+def _workshop(folder: Path | None) -> tempfile.TemporaryDirectory:
+    """Where it is compiled, and loaded from first: in the cache, for nothing may be run from many a temporary folder."""
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if _is_own(folder):
+                return tempfile.TemporaryDirectory(dir=folder, prefix="build-")
+    return tempfile.TemporaryDirectory()
 
 
 def _keep(folder: Path | None, name: str, data: bytes) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import sys
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from diffusers.hooks import HookRegistry, apply_group_offloading
 
 from src import cpu_layers
 from src.config import OptimizationConfig
+from src.devices import driver_spills
 from src.errors import usage_error
 from src.memory_plan import budget_of, card_budget
 from src.memory_prediction import CONTEXT_BYTES, VAE_TILE_PX
@@ -22,19 +22,6 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline
 
     from src.memory_prediction import Placement
-
-_OUT_OF_MEMORY_TEXTS = (
-    "out of memory",  # CUDA's own, and MPS's
-    "Invalid buffer size",  # MPS, of one buffer larger than Metal makes
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUBLAS_STATUS_NOT_INITIALIZED",
-    "CUDNN_STATUS_NOT_INITIALIZED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",  # since cuDNN 9
-    "unable to find an engine to execute this computation",  # cuDNN, when none of its algorithms found room
-    "can't allocate memory",  # torch's CPU allocator
-    "not enough memory",  # the same on Windows
-)
 
 
 def memory_budget(device: torch.device, options: OptimizationConfig) -> int | None:
@@ -47,7 +34,7 @@ def memory_budget(device: torch.device, options: OptimizationConfig) -> int | No
     if device.type == "cuda":
         free_bytes, total_bytes = torch.cuda.mem_get_info(device)
         budget_bytes = card_budget(free_bytes + CONTEXT_BYTES, options)
-        is_held = sys.platform == "win32" or options.max_vram_gb is not None
+        is_held = driver_spills() or options.max_vram_gb is not None
         share = min(1.0, max(0, budget_bytes - CONTEXT_BYTES) / total_bytes) if is_held else 1.0
         torch.cuda.set_per_process_memory_fraction(share, device.index)  # of the current card where there is none
         return budget_bytes
@@ -140,11 +127,6 @@ def set_vae_tiling(vae: AutoencoderKL, enabled: bool) -> None:
     vae.tile_latent_min_size = VAE_TILE_PX // 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is one of the many shapes of "out of memory", on cards and on the CPU."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in _OUT_OF_MEMORY_TEXTS)
-
-
 def free_memory() -> None:
     """Give what nobody holds any more back to the card, and pinned memory of group offload to the system."""
     gc.collect()
@@ -217,10 +199,6 @@ def _set_modes(pipeline: DiffusionPipeline, placement: Placement, options: Optim
         pipeline.unet.to(memory_format=torch.channels_last)
         vae.to(memory_format=torch.channels_last)
     if options.enable_xformers:
-        if importlib.util.find_spec("xformers") is None:
-            raise usage_error(
-                "xformers is not installed; install it, or leave it out: torch's own attention is as fast on most cards"
-            )
         pipeline.unet.enable_xformers_memory_efficient_attention()
     if options.enable_attention_slicing:
         pipeline.enable_attention_slicing()

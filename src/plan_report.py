@@ -21,7 +21,7 @@ def describe(plan: Plan) -> str:
     line = f"{words}{quantized}, {predicted}{of_budget} ({parts})"
     if plan.fits or plan.budget_bytes is None or plan.smaller:
         return line
-    return f"{line}; even this plan does not fit, a smaller picture or model would"
+    return f"{line}; even this plan does not fit, {plan.way_out} would"
 
 
 def table(plan: Plan) -> str:

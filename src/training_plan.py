@@ -6,10 +6,11 @@ No torch, no weights; what a plan needs is predicted by src/training_memory.py, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from typing import Any
 
 from src.estimate import find_model, find_place
+from src.measured_peaks import MeasuredPeaks
 from src.memory_prediction import ALLOCATOR_LOSS, CONTEXT_BYTES, GIB, Phase
 from src.model_shapes import ModelShapes
 from src.train_config import TrainRun
@@ -61,6 +62,20 @@ class TrainingPlan:
 def kind_of(checkpoints_gradients: bool | None) -> str:
     """What a step's measured peak goes by."""
     return "gradient checkpointing" if checkpoints_gradients else "no gradient checkpointing"
+
+
+def step_key(
+    device: str, model: str, shapes: ModelShapes, need: TrainingNeed, run: TrainRun, *, are_several: bool = False
+) -> str:
+    """Everything that a step's peak depends on beside gradient checkpointing. ``device`` is the card's name."""
+    train = run.train
+    asked = replace(need, gradient_checkpointing=None, samples=False)  # a step needs the same, whatever is chosen there
+    precision = {"auto": "no" if need.precision == "fp32" else need.precision}.get(train.mixed_precision, train.mixed_precision)
+    parts = (
+        "training", device, model, sum(shapes.parameters.values()), *astuple(asked), are_several, precision,
+        train.gradient_accumulation_steps > 1, getattr(train, "dropout", 0), train.masked_loss,
+    )  # fmt: skip
+    return " | ".join(map(str, parts))
 
 
 def choose(
@@ -157,7 +172,9 @@ def estimate(run: TrainRun) -> Answer:
     is_card = place.budget_bytes is not None
     of_the_machine = "fp32" if place.name == "mps" else place.precision  # what training takes there
     need = TrainingNeed.of(run.train, shapes.native_px, precision_of(run, of_the_machine))
-    plan = choose(shapes, need, place.budget_bytes if is_card else place.memory_bytes, on_card=is_card)
+    peaks = MeasuredPeaks(run.paths.folder("cache"))
+    known = peaks.of(step_key(place.name, source.name, shapes, need, run)) if is_card else {}
+    plan = choose(shapes, need, place.budget_bytes if is_card else place.memory_bytes, on_card=is_card, known=known)
     return Answer(source.name, shapes.family, place.words, plan, adapter_numbers(shapes, need), is_card)
 
 

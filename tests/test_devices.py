@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from src import devices
 from src.config import PROJECT_FOLDER
 from src.devices import (
     Card,
@@ -147,6 +148,34 @@ def test_memory_is_read_in_bytes():
     text = "MemTotal:       16384000 kB\nMemFree:          100000 kB\nMemAvailable:    8192000 kB\nHugePages_Total:       0\n"
     assert total_memory_bytes(text) == 16_384_000 * 1024
     assert available_memory_bytes(text) == 8_192_000 * 1024
+
+
+@pytest.mark.parametrize(
+    ("files", "cgroup", "expected"),
+    [
+        ({"memory.max": "6000", "memory.current": "4000", "memory.stat": "anon 10\ninactive_file 500\n"}, "0::/", 2500),
+        ({"memory.max": "max", "memory.current": "4000"}, "0::/", None),
+        ({"user/a/memory.max": "900", "user/a/memory.current": "1000", "memory.max": "max"}, "0::/user/a", 0),
+        ({"memory/memory.limit_in_bytes": "800", "memory/memory.usage_in_bytes": "300"}, "4:memory:/x", 500),
+        ({}, "", None),
+    ],
+)
+def test_a_container_has_what_its_limit_leaves(files, cgroup, expected, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert devices._container_bytes(cgroup, tmp_path) == expected
+
+
+def test_the_smaller_of_both_is_free(monkeypatch):
+    monkeypatch.setattr(devices, "_container_bytes", lambda: 1000)
+    assert available_memory_bytes() == 1000
+
+
+def test_linux_within_windows_spills_as_windows_does(monkeypatch):
+    for text, expected in (("5.15.153.1-microsoft-standard-WSL2\n", True), ("6.8.0-45-generic\n", False), ("", False)):
+        monkeypatch.setattr(devices, "_read_text", lambda path, text=text: text)
+        assert devices.driver_spills() is expected
 
 
 def test_without_meminfo_the_total_comes_from_the_system():

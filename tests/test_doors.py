@@ -176,3 +176,18 @@ def test_a_python_without_the_packages_says_how_to_get_them(run_door) -> None:
     assert answer.returncode == 1
     assert "is not installed in this Python; activate the environment" in answer.stderr
     assert "Traceback" not in answer.stderr
+
+
+def test_memory_that_runs_out_outside_of_every_plan_has_its_exit_code(capsys) -> None:
+    from src.doors import guard
+    from src.terminal import Terminal
+
+    def load() -> int:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried 4 GB")
+
+    assert guard([], Terminal(), load, "interrupted") == 3
+    assert (
+        capsys.readouterr()
+        .err.strip()
+        .endswith("out of memory; close other programs, or use a smaller model, or --precision bf16 on a CPU")
+    )

@@ -187,6 +187,17 @@ def test_a_model_on_disk_is_checked_as_in_a_run(machine, tmp_path):
     assert "load it with --lora" in refusal(ExitCode.REFUSED, model_id="lora.safetensors")
 
 
+def test_a_vae_that_does_without_fp32_is_planned_so(machine, tmp_path):
+    machine(CARDS)
+    own = dict(bundled_shapes("sdxl").vae)
+    (tmp_path / "fixed").mkdir()
+    (tmp_path / "fixed" / "config.json").write_text(json.dumps(own | {"force_upcast": False}))
+    (tmp_path / "fixed" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    before, after = (ask("sdxl", **more).plan.estimate.decode for more in ({}, {"vae": str(tmp_path / "fixed")}))
+    assert after.weights_bytes == before.weights_bytes or after.activations_bytes < before.activations_bytes
+    assert after.activations_bytes == pytest.approx(before.activations_bytes / 2, rel=0.02)
+
+
 def test_a_vae_is_checked_as_in_a_run(machine, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.safetensors").write_text("no tensors")

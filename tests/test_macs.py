@@ -8,7 +8,7 @@ import torch
 from src import base_models, optimizations
 from src.config import OptimizationConfig
 from src.diffusion import NoiseSchedule
-from src.errors import UserError
+from src.errors import UserError, is_out_of_memory
 from src.memory_prediction import GIB
 from src.schedulers import build_scheduler, find_sampler
 from src.scratch import unet
@@ -29,7 +29,7 @@ def test_memory_is_held_to_what_the_system_recommends_or_to_less(monkeypatch: py
 
 @pytest.mark.parametrize("text", ["Invalid buffer size: 16.00 GiB", "MPS backend out of memory (MPS allocated: 9 GB)"])
 def test_its_words_for_out_of_memory_are_known(text: str) -> None:
-    assert optimizations.is_out_of_memory(RuntimeError(text))
+    assert is_out_of_memory(RuntimeError(text))
 
 
 @pytest.mark.parametrize("schedule", ["", "_karras", "_exponential", "_beta"])

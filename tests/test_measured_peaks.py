@@ -34,7 +34,7 @@ def test_what_is_remembered_is_found_by_others(tmp_path) -> None:
 def test_a_peak_is_for_one_request_alone() -> None:
     changes = {
         "width_px": 768, "height_px": 768, "batch_size": 2, "guidance": False, "precision": "bf16", "lora_bytes": 1,
-        "safety_checker": False, "quantize": "int8", "deep_cache": 2, "token_merging": 0.5,
+        "safety_checker": False, "quantize": "int8", "deep_cache": 2, "token_merging": 0.5, "attention_slicing": True,
     }  # fmt: skip
     assert changes.keys() == {item.name for item in fields(Request)}
     keys = [key(), key(mode="img2img"), key(device="x"), key(enable_xformers=True)]

@@ -160,6 +160,33 @@ def test_each_step_is_said_and_the_picture_is_the_same_at_its_end(folder, tmp_pa
     assert [*run.ran_out, run.recipe["memory_plan"]] == ["gpu", "model-offload", "group-offload", "sequential-offload"]
 
 
+FAILING = [
+    ({"gpu", "gpu+vae-tiling"}, "model-offload"),
+    ({"gpu", "group-offload"}, "sequential-offload"),
+    (set(CARD_PLANS), "cpu"),
+]
+
+
+@pytest.mark.parametrize(("failing", "taken"), FAILING, ids=["two in a row", "one that is pinned", "every one"])
+def test_plans_that_cannot_be_applied_are_passed_over(folder, tmp_path, monkeypatch, failing: set[str], taken: str) -> None:
+    real, tried = optimizations.apply, []
+    expected = Run(folder, tmp_path).draw()
+
+    def apply(pipeline: DiffusionPipeline, placement, options, device: torch.device) -> None:
+        tried.append(placement.name)
+        assert len(tried) < 20, tried
+        if placement.name in failing:
+            raise RuntimeError("CUDA error: out of memory")
+        real(pipeline, placement, options, device)
+
+    monkeypatch.setattr(optimizations, "apply", apply)
+    overflow(monkeypatch, UNet2DConditionModel, "forward", {0} if taken == "sequential-offload" else set())
+    run = Run(folder, tmp_path / "other", "bf16" if taken == "cpu" else "fp32")
+    (picture,) = run.draw()
+    assert (run.recipe["memory_plan"], len(tried)) == (taken, len(set(tried)))  # none is tried twice
+    assert abs(picture - expected[0]).max() <= (12 if taken == "cpu" else 1)
+
+
 @pytest.mark.parametrize("mode", ["fast", "balanced", "low", "minimal"])
 def test_a_mode_is_where_the_ladder_begins(folder, tmp_path, monkeypatch, mode: str) -> None:
     begins = {"fast": "gpu", "balanced": "model-offload", "low": "group-offload", "minimal": "sequential-offload"}[mode]
@@ -215,6 +242,7 @@ def test_the_last_rung_is_the_cpu_in_fp32(folder, adapter, tmp_path, monkeypatch
 
 def test_the_cpu_is_no_way_out_where_main_memory_is_short(folder, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(devices, "available_memory_bytes", lambda: GIB // 4)
+    monkeypatch.setattr(optimizations, "memory_in_use_bytes", lambda device: 0)
     overflow(monkeypatch, UNet2DConditionModel, "forward", range(100))
     run = Run(folder, tmp_path, "bf16")
     with pytest.raises(UserError, match="out of memory") as caught:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -230,3 +231,21 @@ def test_a_missing_config_is_named(tmp_path):
     with pytest.raises(UserError, match=r"model_index\.json") as raised:
         read_shapes(tmp_path)
     assert raised.value.exit_code == ExitCode.NOT_FOUND
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_sliced_attention_holds_two_matrices_of_half_the_heads(kind: str, monkeypatch) -> None:
+    """Against the scores that diffusers makes."""
+    unet = getattr(pipelines, kind)().unet
+    unet.set_attention_slice("auto")
+    largest = []
+    made = Attention.get_attention_scores
+    monkeypatch.setattr(
+        Attention, "get_attention_scores",
+        lambda *given: largest.append(result.numel()) or result if (result := made(*given)) is not None else result,
+    )  # fmt: skip
+    x, text = torch.randn(2, 4, 16, 24), torch.randn(2, 7, unet.config.cross_attention_dim)
+    added = {"text_embeds": torch.randn(2, 40), "time_ids": torch.full((2, 6), 64.0)} if kind == "sdxl" else None
+    with torch.no_grad():
+        unet(x, 1, text, added_cond_kwargs=added)
+    assert model_shapes.sliced_scores_bytes(json.loads(unet.to_json_string()), (16, 24), 4) == 2 * 4 * max(largest)

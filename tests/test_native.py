@@ -219,10 +219,12 @@ def test_without_a_compiler_torch_draws_the_same(unloaded: Path, monkeypatch) ->
 @needs_native
 def test_a_compiler_that_fails_is_named_once_with_its_error(unloaded: Path, monkeypatch) -> None:
     broken = unloaded / "g++"
-    broken.write_bytes(b"#!/bin/sh\nprintf 'x.cpp:1: warning: \\377\\nx.cpp:2:3: error: no such thing\\n' >&2; exit 1\n")
+    broken.write_bytes(
+        b"#!/bin/sh\nprintf 'native.cpp:1: warning: \\377\\nnative.cpp:2:3: error: no such thing\\n' >&2; exit 1\n"
+    )
     broken.chmod(broken.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv("PATH", f"{unloaded}:/usr/bin:/bin")
-    said = "did not compile the kernels (x.cpp:2:3: error: no such thing); torch's own draw, a little slower"
+    said = "did not compile the kernels (native.cpp:2:3: error: no such thing); torch's own draw, a little slower"
     assert native.problem() == f"{broken} {said}"
     native._load.cache_clear()
     monkeypatch.setattr(native, "_build", lambda *_: pytest.fail("tried again"))
@@ -232,6 +234,36 @@ def test_a_compiler_that_fails_is_named_once_with_its_error(unloaded: Path, monk
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(unloaded / "cache"))
     assert native.problem() is None
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "error",
+    [
+        subprocess.TimeoutExpired(["g++"], 60, stderr=b"native.h: note: error-prone \xff"),
+        subprocess.CalledProcessError(1, ["g++"], stderr="g++: fatal error: Killed signal terminated program cc1plus"),
+        subprocess.CalledProcessError(1, ["g++"], stderr="/tmp/x.s: fatal error: No space left on device"),
+    ],
+    ids=["slow", "killed", "full disk"],
+)
+def test_what_passes_is_tried_again_at_the_next_start(unloaded: Path, monkeypatch, error: Exception) -> None:
+    def fail(*arguments: object) -> Path:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "_build", fail)
+        assert "did not compile the kernels" in native.problem()
+    native._load.cache_clear()
+    assert native.problem() is None
+
+
+@needs_native
+def test_it_is_built_where_it_is_kept_for_elsewhere_nothing_may_be_run(unloaded: Path, monkeypatch) -> None:
+    places = []
+    monkeypatch.setattr(native, "_build", lambda *given, build=native._build: places.append(given[2]) or build(*given))
+    assert native.problem() is None
+    assert [place.parent for place in places] == [unloaded / "cache" / "text-to-image"]
+    assert [path.suffix for path in (unloaded / "cache" / "text-to-image").iterdir()] == [".so"]
 
 
 @needs_native

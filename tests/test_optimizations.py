@@ -12,7 +12,7 @@ from PIL import Image
 
 from src import cpu_layers, memory_plan, memory_prediction, optimizations
 from src.config import AppConfig, OptimizationConfig
-from src.errors import ExitCode, UserError
+from src.errors import ExitCode, UserError, is_out_of_memory
 from src.generator import TextToImageGenerator
 from src.memory_prediction import Placement
 from tests.tiny import pipelines
@@ -179,7 +179,7 @@ def test_an_sdxl_vae_that_overflows_in_fp16_runs_in_fp32(family: str, force_upca
     ],
 )
 def test_out_of_memory_is_recognised_in_all_its_shapes(error: Exception, expected: bool) -> None:
-    assert optimizations.is_out_of_memory(error) is expected
+    assert is_out_of_memory(error) is expected
 
 
 def run_out(generator: TextToImageGenerator, monkeypatch: pytest.MonkeyPatch, times: int) -> list[str]:

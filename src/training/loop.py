@@ -13,10 +13,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from src import diffusion, optimizations
+from src import diffusion
 from src.dataset import subkey
 from src.diffusion import NoiseSchedule
-from src.errors import ExitCode, UserError
+from src.errors import ExitCode, UserError, is_out_of_memory
 from src.train_config import TrainConfig
 from src.training.batches import Batch, Feeder, Trainee
 from src.training.history import History
@@ -115,7 +115,7 @@ def _gather_within_memory(job: Job, step: int) -> float:
         try:
             return _gather_gradients(job, step)
         except (MemoryError, RuntimeError) as error:
-            if not optimizations.is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         # Outside of the except block: inside, the error's frames would keep the tensors that filled the memory.
         job.optimizer.zero_grad()

@@ -7,7 +7,6 @@ add up to those of the whole. A step that ran out of memory is done again from i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, replace
 from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
@@ -21,7 +20,7 @@ from src.measured_peaks import MeasuredPeaks
 from src.model_shapes import read_shapes
 from src.train_config import TrainRun
 from src.training_memory import TrainingNeed
-from src.training_plan import RAN_OUT, TrainingPlan, choose, describe, kind_of
+from src.training_plan import RAN_OUT, TrainingPlan, choose, describe, kind_of, step_key
 
 if TYPE_CHECKING:
     from src.training.trainer import Learning
@@ -56,12 +55,8 @@ class TrainingMemory:
         """Decide whether activations are computed twice rather than kept: as the user says, or as the memory asks for."""
         shapes, train = read_shapes(model.config_folder), self._run.train
         need = TrainingNeed.of(train, model.native_size_px, self._learning.frozen_precision(model))
-        asked = replace(need, gradient_checkpointing=None, samples=False)  # a step needs the same, whatever is chosen there
-        parts = (
-            "training", model.device_name, model.name, sum(shapes.parameters.values()), *astuple(asked), self._are_several,
-            train.mixed_precision, train.gradient_accumulation_steps > 1, getattr(train, "dropout", 0), train.masked_loss,
-        )  # fmt: skip
-        self._key = " | ".join(map(str, parts))
+        names = model.device_name, model.name
+        self._key = step_key(*names, shapes, need, self._run, are_several=self._are_several)
         on_card, known = self._accelerator.device.type != "cpu", self._peaks.of(self._key)
         self._plan = choose(shapes, need, self._budget_bytes, on_card=on_card, known=known)
         self._say(f"plan    {describe(self._plan)}")

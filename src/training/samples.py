@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from src import conditioning, denoising, files, images, optimizations, prompts
 from src.base_models import LoadedModel
 from src.conditioning import Conditioning, Embedding
+from src.errors import is_out_of_memory
 from src.request import PictureRequest
 from src.schedulers import build_scheduler, find_sampler
 from src.train_config import TrainConfig, other_adapter
@@ -114,7 +115,7 @@ class Sampler:
                 optimizations.set_vae_tiling(vae, was_tiling or (is_large and device.type != "cpu"))
                 return [item if item is None else self._picture(index, item) for index, item in enumerate(latents)]
         except (MemoryError, RuntimeError) as error:
-            if not optimizations.is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         finally:
             optimizations.set_vae_tiling(vae, was_tiling)
@@ -131,7 +132,7 @@ class Sampler:
         except denoising.NotFinite as error:
             cause = f"{error} was no number"
         except (MemoryError, RuntimeError) as error:
-            if not optimizations.is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             cause = "memory ran out"
         optimizations.free_memory()  # outside of the except block, where the error's frames would keep what filled it

@@ -23,7 +23,7 @@ from src.base_models import LoadedModel
 from src.checkpoints import Checkpoint, CheckpointFolder
 from src.dataset import Dataset, Example, read_dataset
 from src.diffusion import NoiseSchedule, check_loss
-from src.errors import ExitCode, refused, usage_error
+from src.errors import ExitCode, is_out_of_memory, refused, usage_error
 from src.terminal import Terminal, counted, shell_word
 from src.train_config import TrainRun, check_warmup
 from src.training.adapter_learning import AdapterLearning
@@ -82,7 +82,7 @@ class Trainer:
         try:
             return self._train(store, checkpoint, force)
         except (MemoryError, RuntimeError) as error:
-            if not optimizations.is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         finally:
             self.terminal.end_progress()
