@@ -224,6 +224,9 @@ SIGNS = {
     "SD2 by width": (pair(KOHYA_KEY, 1024), {}, "SD2"),
     "SDXL by width, header wrong": (pair(KOHYA_KEY, 2048), {"ss_base_model_version": "sd_v1"}, "SDXL"),
     "SDXL by a deep transformer": (pair(KOHYA_KEY.replace("blocks_0_attn", "blocks_7_attn"), 640), {}, "SDXL"),
+    "SD1 by header, small and deep": (
+        pair(KOHYA_KEY.replace("blocks_0_attn2_to_k", "blocks_1_attn1_to_q"), 128), {"ss_base_model_version": "sd_v1"}, "SD1",
+    ),
     "SDXL by the second encoder": (pair("lora_te2_text_model_encoder_layers_0_mlp_fc1", 1280), {}, "SDXL"),
     "SD2 by header": (pair("lora_unet_conv_in", 4), {"ss_base_model_version": "sd_v2_v"}, "SD2"),
     "SD1 by modelspec": (pair("lora_unet_conv_in", 4), {"modelspec.architecture": "stable-diffusion-v1/lora"}, "SD1"),

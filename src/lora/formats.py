@@ -85,6 +85,7 @@ _FAMILY_BY_NAME = (
     ("SD3", re.compile(r"joint_blocks[._]")),
 )
 _DEEP_TRANSFORMER = re.compile(r"transformer_blocks[._][1-9]")  # in a UNet: SDXL has up to ten a layer, SD1 and SD2 one
+_SDXL_WIDTHS = {640, 1280, 2560, 5120}  # of states there, and within their feed-forward; small models may be deep, too
 _SD3_WIDTHS = {1536, 2432}  # medium, large
 _MAX_KERNEL = 15  # a hostile mid could otherwise unfold to any size
 _FAMILY_BY_METADATA = (
@@ -239,7 +240,7 @@ def guess_family(layers: Mapping[Where, LoraLayer], metadata: Mapping[str, str])
     for (component, module), layer in layers.items():
         if component == "unet" and _CROSS_ATTENTION_KEY.search(module) and layer.down.shape[1] in _FAMILY_BY_CONTEXT_WIDTH:
             return _FAMILY_BY_CONTEXT_WIDTH[layer.down.shape[1]]
-        if component == "unet" and _DEEP_TRANSFORMER.search(module):
+        if component == "unet" and _DEEP_TRANSFORMER.search(module) and layer.down.shape[1] in _SDXL_WIDTHS:
             return "SDXL"
         if component == "transformer" and module.endswith("attn.to_q") and layer.down.shape[1] in _SD3_WIDTHS:
             return "SD3"
