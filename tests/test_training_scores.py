@@ -285,7 +285,7 @@ def test_numbers_that_are_none_are_passed_over() -> None:
 
 
 def test_a_trigger_is_a_word_of_its_own() -> None:
-    prompts = ["a cat on a roof", "a scattered crowd", "a CAT, sitting"]
-    assert shows_subject(prompts, "cat") == [True, False, True]
+    prompts = ["a cat on a roof", "a scattered crowd", "a CAT, sitting", "a bobcat"]
+    assert shows_subject(prompts, "cat") == [True, False, True, False]
     assert shows_subject(["a photo of sks  dog", "a dog"], "sks dog") == [True, False]
-    assert shows_subject(prompts, "sks") == shows_subject(prompts, None) == [True] * 3
+    assert shows_subject(prompts, "sks") == shows_subject(prompts, None) == [True] * 4
