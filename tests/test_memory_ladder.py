@@ -169,8 +169,7 @@ FAILING = [
 
 @pytest.mark.parametrize(("failing", "taken"), FAILING, ids=["two in a row", "one that is pinned", "every one"])
 def test_plans_that_cannot_be_applied_are_passed_over(folder, tmp_path, monkeypatch, failing: set[str], taken: str) -> None:
-    real, tried = optimizations.apply, []
-    expected = Run(folder, tmp_path).draw()
+    real, tried, expected = optimizations.apply, [], Run(folder, tmp_path).draw()
 
     def apply(pipeline: DiffusionPipeline, placement, options, device: torch.device) -> None:
         tried.append(placement.name)
@@ -181,8 +180,7 @@ def test_plans_that_cannot_be_applied_are_passed_over(folder, tmp_path, monkeypa
 
     monkeypatch.setattr(optimizations, "apply", apply)
     overflow(monkeypatch, UNet2DConditionModel, "forward", {0} if taken == "sequential-offload" else set())
-    run = Run(folder, tmp_path / "other", "bf16" if taken == "cpu" else "fp32")
-    (picture,) = run.draw()
+    (picture,) = (run := Run(folder, tmp_path / "other", "bf16" if taken == "cpu" else "fp32")).draw()
     assert (run.recipe["memory_plan"], len(tried)) == (taken, len(set(tried)))  # none is tried twice
     assert abs(picture - expected[0]).max() <= (12 if taken == "cpu" else 1)
 
