@@ -240,6 +240,7 @@ def test_others_that_took_the_memory_leave_no_mark(card, tmp_path: Path) -> None
     memory.step_down(21)
     card.free = 6 * GIB
     assert not begun(tmp_path, lines, samples=False).checkpoints_gradients
+    assert lines[-1] == "plan    no gradient checkpointing, measured peak 5.00 of 6.00 GiB"
 
 
 def test_one_of_several_processes_does_not_go_its_own_way(card, tmp_path: Path) -> None:

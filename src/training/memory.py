@@ -134,13 +134,12 @@ class TrainingMemory:
         return self._learning.way_out()
 
     def _remember_failure(self) -> None:
-        """The next run begins with less, unless more is free; not where others hold what a step is known to need."""
+        """The next run begins with less, unless more is free. Less than a step was measured to take says nothing: the plan
+        goes by the larger of both, so others who held the memory leave no mark."""
         room_bytes = optimizations.room_bytes(self._accelerator.device)
         if room_bytes is None or self._budget_bytes is None or self.parts > 1 or not self._accelerator.is_main_process:
             return
-        kind, room_bytes = kind_of(self.checkpoints_gradients), min(room_bytes, self._budget_bytes)
-        if room_bytes >= self._peaks.of(self._key).get(kind, 0):
-            self._peaks.remember(self._key, kind + RAN_OUT, room_bytes)
+        self._peaks.remember(self._key, kind_of(self.checkpoints_gradients) + RAN_OUT, min(room_bytes, self._budget_bytes))
 
     def _enable_checkpointing(self) -> None:
         for model in self._models.values():
