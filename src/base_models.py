@@ -67,12 +67,12 @@ class LoadedModel:
     @property
     def precision(self) -> str:
         """``dtype`` as configurations write it: fp16 | bf16 | fp32."""
-        return _precision(self.dtype)
+        return precision_of(self.dtype)
 
     @property
     def device_name(self) -> str:
         """The card's name, or the kind of device."""
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        return name_of(self.device)
 
     @property
     def native_size_px(self) -> int:
@@ -104,7 +104,7 @@ def load(config: AppConfig, vae_dtype: torch.dtype | None = None) -> LoadedModel
         family, parts, folder = _load_single_file(source.path, wanted.architecture, dtypes, cache, wanted.offline)
     else:
         folder = source.path or downloads.download_model(
-            wanted.model_id, cache, wanted.revision, precision=_precision(dtype), include_safety_checker=checker
+            wanted.model_id, cache, wanted.revision, precision=precision_of(dtype), include_safety_checker=checker
         )
         family = model_files.family_of(folder)
         classes = model_files.check_folder(folder, checker)
@@ -209,7 +209,13 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     return DTYPES[devices.pick_precision(precision, on_card=device.type != "cpu", cpu_bf16=cpu_bf16)]
 
 
-def _precision(dtype: torch.dtype) -> str:
+def name_of(device: torch.device) -> str:
+    """The card's name, or the kind of device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """As configurations write it: fp16 | bf16 | fp32."""
     return next(name for name, known in DTYPES.items() if known == dtype)
 
 
@@ -319,7 +325,7 @@ def _load_other_vae(
         is_checkpoint = any(name.startswith(_VAE_WEIGHTS) for name in names)  # else a VAE's own file
         prefixes = _VAE_WEIGHTS if is_checkpoint else ("",)
         return _convert(source.path, "vae", "AutoencoderKL", _read(source.path, dtype, prefixes), config_folder), source.name
-    folder = source.path or downloads.download_vae(vae, cache, precision=_precision(dtype))
+    folder = source.path or downloads.download_vae(vae, cache, precision=precision_of(dtype))
     other = _load_component(model_files.vae_folder(folder), "vae", "AutoencoderKL", dtype)
     for fact in ("scaling_factor", "latent_channels"):
         if other.config[fact] != own.config[fact]:

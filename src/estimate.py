@@ -69,15 +69,15 @@ class Answer:
         }  # fmt: skip
 
 
-def estimate(config: AppConfig, request: PictureRequest) -> Answer:
-    """Plan ``request`` as a run would, for the card at hand, or one with ``max_vram_gb`` where there is none.
+def estimate(config: AppConfig, request: PictureRequest, place: Place | None = None) -> Answer:
+    """Plan ``request`` as a run would, for ``place``: where it is not given, for what `find_place` finds.
 
     Raises UserError for what a run would refuse before it loads weights: the device, the precision, the switches, and a
     model, VAE or adapter that is missing or something else.
     """
     check_machine(config.model)
     memory_plan.check_switches(config.optimization)
-    place = find_place(config)
+    place = find_place(config) if place is None else place
     source, shapes = find_model(config)
     if isinstance(request.init_image, Path):  # as the run does, the size follows the picture that is drawn over
         width_px, height_px = images.fitting_size(images.read_image(request.init_image).size, shapes.native_px)
@@ -133,7 +133,7 @@ class Place:
     name: str  # as torch calls the device
     precision: str
     budget_bytes: int | None  # None: no card
-    memory_bytes: int | None = None  # without a card: the main memory that is free
+    memory_bytes: int | None = None  # main memory that is free
 
 
 def find_place(config: AppConfig) -> Place:
@@ -148,8 +148,8 @@ def find_place(config: AppConfig) -> Place:
     if is_imagined:
         return Place(f"a card with {cap_bytes / GIB:g} GiB (--max-vram), which is not here", "", precision, cap_bytes)
     total_bytes = devices.total_memory_bytes()
+    free_bytes = devices.available_memory_bytes() or total_bytes
     if device == "cpu":
-        free_bytes = devices.available_memory_bytes() or total_bytes
         words = f"CPU, {free_bytes / GIB:.1f} of {total_bytes / GIB:.1f} GiB of memory free"
         return Place(words, device, precision, None, free_bytes)
     if device == "mps":  # shares the machine's memory; what macOS lets it have is about this much
@@ -162,8 +162,8 @@ def find_place(config: AppConfig) -> Place:
         if limit_bytes < card.free_bytes:
             words += f", of which {WINDOWS_RESERVE_BYTES / GIB:.1f} are left to Windows"
     if cap_bytes is not None and cap_bytes < limit_bytes:
-        return Place(f"{words}, planned for {cap_bytes / GIB:g} (--max-vram)", name, precision, cap_bytes)
-    return Place(words, name, precision, limit_bytes)
+        words, limit_bytes = f"{words}, planned for {cap_bytes / GIB:g} (--max-vram)", cap_bytes
+    return Place(words, name, precision, limit_bytes, None if device == "mps" else free_bytes)
 
 
 def _adapter_files(config: AppConfig, request: PictureRequest) -> list[Path]:

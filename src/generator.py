@@ -19,7 +19,7 @@ from src.drawn_recipe import describe_picture, picture_ref
 from src.errors import is_out_of_memory, usage_error
 from src.lora.shelf import LoraShelf, last_of_each
 from src.lora.stack import AdapterStack, LoraReport
-from src.memory_ladder import MemoryLadder, Result
+from src.memory_ladder import MemoryLadder, Result, announce
 from src.memory_plan import check_xformers
 from src.recipe import to_text_chunks
 from src.request import MAX_SEED, LoraChoice, PictureRequest
@@ -78,19 +78,22 @@ class TextToImageGenerator:
         self.unload()
         self._loras = loras  # at once: should loading fail, they are attached when it succeeds
         check_types(self.config)
-        started = time.monotonic()
         if self.config.optimization.enable_xformers:
             check_xformers(base_models.pick_device(self.config.model.device).type)
+        request = PictureRequest.from_config(self.config.generation, prompt="-")
+        announced = announce(self.config, request, self.say)
+        started = time.monotonic()
         model = base_models.load(self.config)
         shapes = model_shapes.read_shapes(model.config_folder)
         shapes = replace(shapes, vae=dict(model.pipeline.vae.config))  # another one may do without fp32
-        seconds = time.monotonic() - started
-        self.say(f"model   {model.name} ({model.family}), {model.precision} on {model.device}, {seconds:.1f} s")
+        took = f"{time.monotonic() - started:.1f} s"
+        self.say(f"model   {model.name} ({model.family}), {model.precision} on {model.device}, {took}")
         unused = base_models.idle_card(self.config.model.device, model.device)
         for line in [*([unused] if unused else []), *model_source.idle_settings(self.config.model)]:
             self.say(f"idle    {line}")
-        memory = MemoryLadder(model, shapes, self.config, lambda: self._shelf.files() if self._shelf else [], self.say)
-        request = PictureRequest.from_config(self.config.generation, prompt="-")
+        memory = MemoryLadder(
+            model, shapes, self.config, lambda: self._shelf.files() if self._shelf else [], self.say, announced
+        )
         memory.place(request)
         shelf = LoraShelf(AdapterStack(memory.model.pipeline, model.family), self.say)  # quantising has exchanged layers
         self._memory, self._shelf, self._loaded_from = memory, shelf, self._wanted()

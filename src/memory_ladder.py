@@ -13,10 +13,11 @@ from typing import TypeVar
 
 import torch
 
-from src import devices, memory_plan, native, optimizations
+from src import base_models, devices, memory_plan, native, optimizations
 from src.base_models import LoadedModel
 from src.config import AppConfig, OptimizationConfig
 from src.errors import ExitCode, UserError, is_out_of_memory
+from src.estimate import Place, estimate
 from src.measured_peaks import MeasuredPeaks, peak_key
 from src.memory_prediction import CPU, Placement, Request, adapter_bytes, predict
 from src.model_shapes import ModelShapes
@@ -24,6 +25,36 @@ from src.plan_report import describe
 from src.request import PictureRequest
 
 Result = TypeVar("Result")
+
+
+def announce(config: AppConfig, request: PictureRequest, say: Callable[[str], None]) -> Placement | None:
+    """Say before anything is loaded what plan the request will take, and what that will cost. Returns the plan's placement.
+
+    None, and nothing is said, where the model's shapes are not known before it is fetched, or where loading will refuse.
+    """
+    device = base_models.pick_device(config.model.device)
+    dtype = base_models.pick_dtype(config.model.precision, device)
+    place = Place(
+        "", base_models.name_of(device), base_models.precision_of(dtype),
+        optimizations.memory_budget(device, config.optimization), _main_memory_bytes(device),
+    )  # fmt: skip
+    try:
+        plan = estimate(config, request, place).plan
+    except UserError:
+        return None
+    _say_plan(plan, say)
+    return plan.placement
+
+
+def _main_memory_bytes(device: torch.device) -> int | None:
+    """What is free of it, as far as that is known, and what this process holds: the model is in it, or will be."""
+    free_bytes = None if device.type == "mps" else devices.available_memory_bytes()  # a Mac's is the card's
+    return free_bytes and free_bytes + optimizations.memory_in_use_bytes(torch.device("cpu"))
+
+
+def _say_plan(plan: memory_plan.Plan, say: Callable[[str], None]) -> None:
+    for line in (describe(plan), *plan.notes):
+        say(f"plan    {line}")
 
 
 class MemoryLadder:
@@ -36,13 +67,15 @@ class MemoryLadder:
         config: AppConfig,
         adapters: Callable[[], Iterable[Path]],
         say: Callable[[str], None],
+        announced: Placement | None = None,
     ) -> None:
-        """``adapters`` gives the files of those that are attached."""
+        """``adapters`` gives the files of those that are attached; ``announced`` is what `announce` has said."""
         self.model = model
         self.plan: memory_plan.Plan | None = None
         self._shapes, self._config, self._adapters, self._say = shapes, config, adapters, say
         self._quantize = config.optimization.quantize
         self._budget_bytes = optimizations.memory_budget(model.device, config.optimization)
+        self._announced = announced
         self._ran_out = self._is_quantized = False
         self._left_card_for: PictureRequest | None = None
         self._applied: Placement | None = None
@@ -119,20 +152,18 @@ class MemoryLadder:
             attention_slicing=options.enable_attention_slicing, unet=self._shapes.unet,
         )  # fmt: skip
         self._key = peak_key(model.device_name, model.name, self._shapes, self._need, request.mode, self._config)
-        free_bytes = devices.available_memory_bytes() if self._budget_bytes is None else None
-        memory_bytes = free_bytes and free_bytes + optimizations.memory_in_use_bytes(torch.device("cpu"))  # the model is in it
         return memory_plan.choose(
             self._shapes, self._need, self._budget_bytes, options,
-            memory_bytes=memory_bytes, measured=self._peaks.of(self._key),
+            memory_bytes=_main_memory_bytes(model.device), measured=self._peaks.of(self._key),
         )  # fmt: skip
 
     def _take(self, plan: memory_plan.Plan) -> None:
         """Say a plan and apply it."""
         model, options = self.model, self._options
         self.plan, self._applied = plan, None  # when it is cut off half-way, the next one starts anew
-        self._say(f"plan    {describe(plan)}")
-        for note in plan.notes:
-            self._say(f"plan    {note}")
+        if plan.placement != self._announced:
+            _say_plan(plan, self._say)
+        self._announced = None
         if model.device.type == "cpu" and not options.enable_torch_compile and (problem := native.problem()):
             self._say(f"cpu     {problem}")
         if options.enable_torch_compile:

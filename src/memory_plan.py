@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from src import devices
 from src.config import MEMORY_MODES, QUANTIZATIONS, OptimizationConfig
 from src.errors import UserError, usage_error
-from src.memory_prediction import CPU, GIB, PLANS, Estimate, Placement, Request, predict
+from src.memory_prediction import CPU, GIB, PLANS, Estimate, Placement, Request, offloaded_bytes, predict
 from src.model_shapes import ModelShapes
 
 # Windows' driver does not run out: near the limit it moves memory to the machine's own, and a picture takes minutes. ComfyUI,
@@ -125,9 +125,10 @@ def choose(
     """Choose the fastest plan that fits ``budget_bytes`` (None: there is no card) and keeps to the switches that are set.
 
     When none fits, the smallest is returned with ``fits=False``; under ``memory="fast"`` the smallest that is all on the
-    card. Without a card there is one plan, and it is compared with ``memory_bytes``, the main memory that is free, where that
-    is given. ``measured`` are peaks in bytes of earlier runs of this very request, by placement: they stand for predictions.
-    Raises UserError (usage) as ``check_switches`` does, and for quantised weights without a card.
+    card. ``memory_bytes`` is the main memory that is free, where that is known: without a card there is one plan, which is
+    compared with it, and with one an offload that keeps more weights there is noted. ``measured`` are peaks in bytes of
+    earlier runs of this very request, by placement: they stand for predictions. Raises UserError (usage) as
+    ``check_switches`` does, and for quantised weights without a card.
     """
     check_switches(forced)
     if forced.quantize and budget_bytes is None:
@@ -149,7 +150,8 @@ def choose(
         quantize=request.quantize, measured=measured,
     )  # fmt: skip
     way_out = "" if fits or budget_bytes is None else _way_out(shapes, request, budget_bytes, forced)
-    return replace(plan, notes=tuple(_notes(plan, forced, memory_bytes, request)), way_out=way_out)
+    notes = (*_notes(plan, forced, memory_bytes, request), *_notes_of_offload(plan, shapes, request, memory_bytes))
+    return replace(plan, notes=notes, way_out=way_out)
 
 
 def _way_out(shapes: ModelShapes, request: Request, budget_bytes: int, forced: OptimizationConfig) -> str:
@@ -192,6 +194,14 @@ def _notes(plan: Plan, forced: OptimizationConfig, memory_bytes: int | None, req
         yield f"--max-vram {forced.max_vram_gb:g} has no effect without a card"
     if not plan.fits:
         yield f"needs {plan.peak_bytes / GIB:.2f} of {memory_bytes / GIB:.2f} GiB of free memory; may swap"
+
+
+def _notes_of_offload(plan: Plan, shapes: ModelShapes, request: Request, memory_bytes: int | None) -> Iterator[str]:
+    """Of main memory, which holds what is not at work."""
+    needed_bytes = offloaded_bytes(shapes, request)
+    if plan.placement.offload is not None and memory_bytes is not None and needed_bytes > memory_bytes:
+        free = f"of which {memory_bytes / GIB:.2f} GiB are free"
+        yield f"keeps {needed_bytes / GIB:.2f} GiB of weights in main memory, {free}; may swap"
 
 
 def _peak(placement: Placement, estimate: Estimate, measured: Mapping[str, int]) -> int:

@@ -34,7 +34,8 @@ from src.unet_weights import ELEMENT_BYTES, largest_matrix, offload_groups, unet
 GIB = 1 << 30
 
 VAE_TILE_PX = 512  # a VAE's own tile is its training size: at that size it would not tile at all
-CONTEXT_BYTES = GIB // 2  # outside the allocator: CUDA context and kernels; on a CPU, the interpreter and its libraries
+CONTEXT_BYTES = GIB // 2  # of a card, outside the allocator: CUDA context and kernels
+PROCESS_BYTES = 380 << 20  # of main memory, without a card: the interpreter and its libraries (docs/bench/memory-*.md)
 ALLOCATOR_LOSS = 0.10  # of the activations: blocks are rounded up and split; weights are placed once and stay
 
 
@@ -120,10 +121,11 @@ class Phase:
     name: str  # encode | denoise | decode
     weights_bytes: int
     activations_bytes: int
+    outside_bytes: int = CONTEXT_BYTES  # of what torch's allocator holds
 
     @property
     def total_bytes(self) -> int:
-        return CONTEXT_BYTES + self.weights_bytes + round((1 + ALLOCATOR_LOSS) * self.activations_bytes)
+        return self.outside_bytes + self.weights_bytes + round((1 + ALLOCATOR_LOSS) * self.activations_bytes)
 
 
 @dataclass(frozen=True)
@@ -160,20 +162,32 @@ def adapter_bytes(files: Iterable[Path], precision: str) -> int:
 
 def predict(shapes: ModelShapes, request: Request, placement: Placement) -> Estimate:
     """Predict the memory of a run."""
-    encoders = shapes.text_encoders
+    encoders, outside_bytes = shapes.text_encoders, CONTEXT_BYTES if placement.on_card else PROCESS_BYTES
     return Estimate(
         encode=Phase(
             "encode",
             max((_resident_bytes(shapes, request, placement, name) for name in encoders), default=0),
             max((_text_activations(text, ELEMENT_BYTES[request.precision]) for text in encoders.values()), default=0),
+            outside_bytes,
         ),
         denoise=Phase(
-            "denoise", _resident_bytes(shapes, request, placement, "unet"), _unet_activations(shapes, request, placement)
+            "denoise",
+            _resident_bytes(shapes, request, placement, "unet"),
+            _unet_activations(shapes, request, placement),
+            outside_bytes,
         ),
         decode=Phase(
-            "decode", _resident_bytes(shapes, request, placement, "vae"), _decoder_activations(shapes, request, placement)
+            "decode",
+            _resident_bytes(shapes, request, placement, "vae"),
+            _decoder_activations(shapes, request, placement),
+            outside_bytes,
         ),
     )
+
+
+def offloaded_bytes(shapes: ModelShapes, request: Request) -> int:
+    """Weights that a plan with offload keeps in main memory: all that diffusers moves, at work or not."""
+    return sum(_component_bytes(shapes, request, name) for name in shapes.parameters.keys() - {"safety_checker"})
 
 
 def _resident_bytes(shapes: ModelShapes, request: Request, placement: Placement, at_work: str) -> int:

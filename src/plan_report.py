@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from src.memory_plan import Plan
-from src.memory_prediction import ALLOCATOR_LOSS, CONTEXT_BYTES, GIB
+from src.memory_prediction import ALLOCATOR_LOSS, GIB
 
 
 def describe(plan: Plan) -> str:
@@ -35,5 +35,6 @@ def table(plan: Plan) -> str:
     for phase in plan.estimate.phases:
         sizes = f"{phase.weights_bytes / GIB:>9.2f}{phase.activations_bytes / GIB:>13.2f}{phase.total_bytes / GIB:>9.2f}"
         rows.append(f"{phase.name:<26}{sizes}")
-    overhead = f"{CONTEXT_BYTES / GIB:.1f} GiB outside torch's allocator and {ALLOCATOR_LOSS:.0%} of the activations lost in it"
+    outside = f"{plan.estimate.denoise.outside_bytes / GIB:.2f} GiB outside torch's allocator"
+    overhead = f"{outside} and {ALLOCATOR_LOSS:.0%} of the activations lost in it"
     return "\n".join([*rows, f"a total includes {overhead}", "", f"plan: {describe(plan)}"])

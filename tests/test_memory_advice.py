@@ -1,15 +1,19 @@
-"""What a plan advises and notes, and what a request leaves out: switches that are in the way, drawing without guidance."""
+"""What a plan advises and notes, when it is said, and what a request leaves out: drawing without guidance."""
 
 from dataclasses import replace
 
 import pytest
 
-from src.config import OptimizationConfig
+from src import base_models, memory_ladder
+from src.config import AppConfig, OptimizationConfig
+from src.errors import UserError
+from src.generator import TextToImageGenerator
 from src.memory_plan import GIB, choose
 from src.memory_prediction import Request
 from src.model_shapes import bundled_shapes
 from src.plan_report import describe
 from src.request import PictureRequest
+from tests.tiny import pipelines
 
 SD15, SDXL = Request(512, 512), Request(1024, 1024)
 
@@ -50,3 +54,32 @@ def test_lcm_draws_without_guidance_and_inpainting_one_picture_at_a_time():
     assert not Request.of(picture, 512, "fp16", unet={"in_channels": 4, "time_cond_proj_dim": 256}).guidance
     assert Request.of(picture, 512, "fp16", unet={"in_channels": 9}).batch_size == 1
     assert Request.of(picture, 512, "fp16", unet={"in_channels": 4}).batch_size == 4
+
+
+def test_an_offload_says_what_main_memory_cannot_keep():
+    """The weights' numbers are those of the published model; in fp16 the VAE of SDXL works in fp32."""
+    weights = 2 * (2_567_463_684 + 123_060_480 + 694_659_840) + 4 * 83_653_863
+    plan = choose(bundled_shapes("sdxl"), SDXL, 6 * GIB, OptimizationConfig(), memory_bytes=4 * GIB)
+    assert plan.placement.offload == "model"
+    said = f"keeps {weights / GIB:.2f} GiB of weights in main memory, of which 4.00 GiB are free; may swap"
+    assert plan.notes == (said,)
+    assert choose(bundled_shapes("sdxl"), SDXL, 6 * GIB, OptimizationConfig(), memory_bytes=weights).notes == ()
+    assert choose(bundled_shapes("sdxl"), SDXL, 80 * GIB, OptimizationConfig(), memory_bytes=GIB).notes == ()
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_plan_is_said_once_and_before_the_model_is_loaded_if_its_shapes_are_known(is_known, tmp_path, monkeypatch):
+    def unknown(*_):
+        raise UserError("not on disk")
+
+    said, load, config = [], base_models.load, AppConfig()
+    monkeypatch.setattr(base_models, "load", lambda *args: said.append("loading") or load(*args))
+    if not is_known:
+        monkeypatch.setattr(memory_ladder, "estimate", unknown)
+    config.model.model_id, config.model.device = str(pipelines.save(pipelines.sd1(), tmp_path / "sd1")), "cpu"
+    config.paths.cache = str(tmp_path / "cache")
+    generator = TextToImageGenerator(config, said.append)
+    generator.load_model()
+    generator.generate("a cat", num_inference_steps=1, seed=1)
+    order = ["plan", "loading", "model"] if is_known else ["loading", "model", "plan"]
+    assert [line.split()[0] for line in said if line.split()[0] in order] == order
