@@ -82,8 +82,8 @@ def _draw(
     generator = TextToImageGenerator(config, terminal.say)
     generator.allow_partial = "allow_partial" in typed
     session = Session(generator, terminal, wishes)
-    if session.has_work(jobs):
-        generator.load_model()
+    if (request := session.first_request(jobs)) is not None:
+        generator.load_model(request)
     if recipe is not None and jobs:
         model, quantize = generator.model, config.optimization.quantize
         drawn_with = (generator.weights_sha256(), model.precision, model.device_name)

@@ -72,15 +72,15 @@ class TextToImageGenerator:
 
     # -- model
 
-    def load_model(self) -> None:
-        """Load the configured model and place it by a memory plan; loaded adapters are kept. Raises UserError."""
+    def load_model(self, request: PictureRequest | None = None) -> None:
+        """Load the model as configured, adapters kept, and place it by a plan for ``request`` (None: as configured, too)."""
         loras = self._loras
         self.unload()
         self._loras = loras  # at once: should loading fail, they are attached when it succeeds
         check_types(self.config)
         if self.config.optimization.enable_xformers:
             check_xformers(base_models.pick_device(self.config.model.device).type)
-        request = PictureRequest.from_config(self.config.generation, prompt="-")
+        request = request or PictureRequest.from_config(self.config.generation, prompt="-")
         announced = announce(self.config, request, self.say)
         started = time.monotonic()
         model = base_models.load(self.config)
@@ -223,7 +223,7 @@ class TextToImageGenerator:
         request = replace(request, width=width_px, height=height_px)
         if self._memory.may_return(request):
             self.say("memory  this picture is smaller than the one that left the card; loading the model onto it again")
-            self.load_model()
+            self.load_model(request)
         self._memory.place(request)
         done = 0
         for batch in self._batches(request, texts or [request.prompt] * request.num_images):

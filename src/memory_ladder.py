@@ -7,13 +7,13 @@ fits into the free main memory. Each step is said; what failed is done again wit
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from src import base_models, devices, memory_plan, native, optimizations
+from src import base_models, devices, memory_plan, model_source, native, optimizations
 from src.base_models import LoadedModel
 from src.config import AppConfig, OptimizationConfig
 from src.errors import ExitCode, UserError, is_out_of_memory
@@ -27,29 +27,53 @@ from src.request import PictureRequest
 Result = TypeVar("Result")
 
 
-def announce(config: AppConfig, request: PictureRequest, say: Callable[[str], None]) -> Placement | None:
-    """Say before anything is loaded what plan the request will take, and what that will cost. Returns the plan's placement.
+@dataclass(frozen=True)
+class Announced:
+    """What was said before a model was loaded."""
 
-    None, and nothing is said, where the model's shapes are not known before it is fetched, or where loading will refuse.
+    placement: Placement | None  # None: nothing was
+    process_bytes: int  # main memory that this process held by then
+
+
+def announce(config: AppConfig, request: PictureRequest, say: Callable[[str], None]) -> Announced:
+    """Say before anything is loaded what plan the request will take, and what that will cost.
+
+    Nothing is said where shapes are not known before the model or its VAE is fetched, or where a file is wrong: loading says
+    how. Raises UserError (usage) for switches that contradict each other, and for quantised weights without a card.
     """
     device = base_models.pick_device(config.model.device)
     dtype = base_models.pick_dtype(config.model.precision, device)
-    place = Place(
-        "", base_models.name_of(device), base_models.precision_of(dtype),
-        optimizations.memory_budget(device, config.optimization), _main_memory_bytes(device),
-    )  # fmt: skip
+    memory_plan.check_switches(config.optimization)
+    budget_bytes, process_bytes = optimizations.memory_budget(device, config.optimization), _process_bytes()
+    if config.optimization.quantize and budget_bytes is None:
+        raise memory_plan.no_card_to_quantize_on(config.optimization.quantize)
+    memory_bytes = _main_memory_bytes(device, process_bytes)
+    place = Place("", base_models.name_of(device), base_models.precision_of(dtype), budget_bytes, memory_bytes)
     try:
+        vae = config.model.vae
+        if vae and model_source.resolve_vae(vae, config.paths.folder("cache"), config.model.offline).path is None:
+            return Announced(None, process_bytes)
         plan = estimate(config, request, place).plan
     except UserError:
-        return None
+        return Announced(None, process_bytes)
     _say_plan(plan, say)
-    return plan.placement
+    return Announced(plan.placement, process_bytes)
 
 
-def _main_memory_bytes(device: torch.device) -> int | None:
-    """What is free of it, as far as that is known, and what this process holds: the model is in it, or will be."""
-    free_bytes = None if device.type == "mps" else devices.available_memory_bytes()  # a Mac's is the card's
-    return free_bytes and free_bytes + optimizations.memory_in_use_bytes(torch.device("cpu"))
+def _process_bytes() -> int:
+    return optimizations.memory_in_use_bytes(torch.device("cpu"))
+
+
+def _main_memory_bytes(device: torch.device, before_bytes: int) -> int | None:
+    """Main memory for a plan, as far as it is known: what is free, and what is the plan's already.
+
+    That is all of this process on a CPU, where a prediction counts the libraries; beside a card it is what the process has
+    grown by since it held ``before_bytes``, before the model was loaded.
+    """
+    if device.type == "mps":  # main memory is the card's
+        return None
+    free_bytes, own_bytes = devices.available_memory_bytes(), _process_bytes()
+    return free_bytes and free_bytes + (own_bytes if device.type == "cpu" else max(0, own_bytes - before_bytes))
 
 
 def _say_plan(plan: memory_plan.Plan, say: Callable[[str], None]) -> None:
@@ -67,15 +91,15 @@ class MemoryLadder:
         config: AppConfig,
         adapters: Callable[[], Iterable[Path]],
         say: Callable[[str], None],
-        announced: Placement | None = None,
+        announced: Announced,
     ) -> None:
-        """``adapters`` gives the files of those that are attached; ``announced`` is what `announce` has said."""
+        """``adapters`` gives the files of those that are attached."""
         self.model = model
         self.plan: memory_plan.Plan | None = None
         self._shapes, self._config, self._adapters, self._say = shapes, config, adapters, say
         self._quantize = config.optimization.quantize
         self._budget_bytes = optimizations.memory_budget(model.device, config.optimization)
-        self._announced = announced
+        self._said, self._before_bytes = announced.placement, announced.process_bytes
         self._ran_out = self._is_quantized = False
         self._left_card_for: PictureRequest | None = None
         self._applied: Placement | None = None
@@ -154,16 +178,16 @@ class MemoryLadder:
         self._key = peak_key(model.device_name, model.name, self._shapes, self._need, request.mode, self._config)
         return memory_plan.choose(
             self._shapes, self._need, self._budget_bytes, options,
-            memory_bytes=_main_memory_bytes(model.device), measured=self._peaks.of(self._key),
+            memory_bytes=_main_memory_bytes(model.device, self._before_bytes), measured=self._peaks.of(self._key),
         )  # fmt: skip
 
     def _take(self, plan: memory_plan.Plan) -> None:
         """Say a plan and apply it."""
         model, options = self.model, self._options
         self.plan, self._applied = plan, None  # when it is cut off half-way, the next one starts anew
-        if plan.placement != self._announced:
+        if plan.placement != self._said:
             _say_plan(plan, self._say)
-        self._announced = None
+        self._said = None
         if model.device.type == "cpu" and not options.enable_torch_compile and (problem := native.problem()):
             self._say(f"cpu     {problem}")
         if options.enable_torch_compile:

@@ -35,7 +35,7 @@ GIB = 1 << 30
 
 VAE_TILE_PX = 512  # a VAE's own tile is its training size: at that size it would not tile at all
 CONTEXT_BYTES = GIB // 2  # of a card, outside the allocator: CUDA context and kernels
-PROCESS_BYTES = 380 << 20  # of main memory, without a card: the interpreter and its libraries (docs/bench/memory-*.md)
+PROCESS_BYTES = 380 << 20  # without a card: the interpreter and the libraries as main.py imports them (src/lean_imports.py)
 ALLOCATOR_LOSS = 0.10  # of the activations: blocks are rounded up and split; weights are placed once and stay
 
 

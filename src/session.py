@@ -67,9 +67,9 @@ class Session:
         self._preview_path: Path | None = None
         self._grid: list[tuple[Image.Image, int]] = []
 
-    def has_work(self, jobs: Sequence[Job]) -> bool:
-        """Whether anything is left to draw, so that a model is worth loading."""
-        return any(job.request is not None and self._missing(job) for job in jobs)
+    def first_request(self, jobs: Sequence[Job]) -> PictureRequest | None:
+        """The first that has pictures left to draw, so that a model is worth loading; None where all are drawn."""
+        return next((job.request for job in jobs if job.request is not None and self._missing(job)), None)
 
     def run(self, jobs: Sequence[Job]) -> ExitCode:
         """Draw all jobs. With one job its error is raised; with several each error is reported and the rest is drawn."""

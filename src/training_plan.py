@@ -145,14 +145,15 @@ class Answer:
         for phase in self.plan.phases:
             sizes = (phase.weights_bytes, phase.activations_bytes, phase.total_bytes)
             lines.append("{:<10}{:>9.2f}{:>13.2f}{:>9.2f}".format(phase.name, *(size / GIB for size in sizes)))
-        overhead = f"{CONTEXT_BYTES / GIB:.1f} GiB outside torch's allocator and {ALLOCATOR_LOSS:.0%} of the activations"
+        overhead = f"{CONTEXT_BYTES / GIB:.2f} GiB outside torch's allocator and {ALLOCATOR_LOSS:.0%} of the activations"
         lines += [f"a total includes {overhead} lost in it", "", f"plan: {describe(self.plan)}"]
         return "\n".join(lines if self.is_card else [*lines, "to plan for a card that is not here, add --max-vram GB"])
 
     def as_json(self) -> dict[str, Any]:
         """The same as plain values. ``budget_bytes`` is the main memory that is free where there is no card."""
         plan = self.plan
-        phases = [{**asdict(phase), "total_bytes": phase.total_bytes} for phase in plan.phases]
+        sizes = ("name", "weights_bytes", "activations_bytes", "total_bytes")
+        phases = [{name: getattr(phase, name) for name in sizes} for phase in plan.phases]
         return {
             "model": self.model, "family": self.family, "device": self.device, **asdict(plan.need),
             "adapter_numbers": self.adapter_numbers, "predicted_peak_bytes": plan.peak_bytes,

@@ -219,8 +219,9 @@ def test_random_models_are_whole_and_have_the_shapes_of_their_names(tmp_path, mo
 
 
 def test_each_option_is_told_beside_plain(tmp_path, monkeypatch) -> None:
-    """The settings reach the pictures, and a difference is the mean of the levels'."""
-    monkeypatch.setattr(quality, "STEPS", 4)
+    """The settings reach the pictures, the timed ones come after a plain one, a difference is the mean of the levels'."""
+    monkeypatch.setattr(quality, "STEPS", 6)
+    monkeypatch.setattr(quality, "TIMED", 1)
     texts, calls = quality.prompts()[:2], []
     monkeypatch.setattr(quality, "prompts", lambda: texts)
     draw = TextToImageGenerator.generate
@@ -229,8 +230,10 @@ def test_each_option_is_told_beside_plain(tmp_path, monkeypatch) -> None:
     assert [row[""] for row in rows] == list(quality.OPTIONS)
     assert rows[0]["difference"] == 0
     assert all(row["difference"] > 0 for row in rows[1:])
-    drawn = [named for named in calls if named["num_inference_steps"] != 2 or named["seed"]]
-    assert [named.get("deep_cache", 1) for named in drawn if named["seed"] == 1] == [1, 1, 1, 2, 3, 5, 1, 1, 1, 1, 1, 2]
+    drawn = [(named["seed"], named.get("deep_cache", 1)) for named in calls if named["num_inference_steps"] != 2]
+    told = [1, 1, 1, 2, 3, 5, 1, 1, 1, 1, 1, 2]
+    assert [value for seed, value in drawn if seed == 1] == [1, *told]
+    assert [value for seed, value in drawn if seed == 0] == [1, *(value for own in told for value in (1, own))]
     black, gray = (Image.new("RGB", (2, 2), level) for level in ((0, 0, 0), (3, 6, 0)))
     assert quality._difference([black, black], [gray, black]) == 1.5
 

@@ -47,7 +47,7 @@ def test_a_picture_is_drawn_saved_and_named(here, capsys) -> None:
     (path,) = pictures(here)
     assert re.fullmatch(r"gen_\d{8}_\d{6}_000\.png", path.name)
     assert out.startswith(f"outputs/{path.name}  seed 42  128x128  2 steps")
-    assert [line.split()[0] for line in err.splitlines()] == ["model", "plan"]
+    assert [line.split()[0] for line in err.splitlines()] == ["plan", "model"]
     with Image.open(path) as picture:
         assert (picture.size, picture.mode) == ((128, 128), "RGB")
 
@@ -60,7 +60,7 @@ def test_nothing_else_reaches_the_terminal(here) -> None:
     command = [sys.executable, str(Path(cli.__file__).parent.parent / "main.py"), "a red circle", "--seed", "1", *FAST]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert len(result.stdout.splitlines()) == 1
-    assert [line.split()[0] for line in result.stderr.splitlines()] == ["model", "plan"]
+    assert [line.split()[0] for line in result.stderr.splitlines()] == ["plan", "model"]
 
 
 def test_a_random_seed_is_printed_and_draws_the_picture_again(here, capsys) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from src.errors import UserError
 from src.evaluation.checking import Verdict
-from src.evaluation.skills import SKILLS, Judged, Scores, Share, choose, is_of_first_grammar
+from src.evaluation.skills import SKILLS, Judged, Scores, Share, choose
 from src.scenes import grammar
 
 
@@ -38,8 +38,10 @@ def test_half_is_held_out_and_half_unseen_evenly_over_kinds() -> None:
 def test_the_first_grammar_is_plain() -> None:
     scenes = choose(30, 0, "held-out", "v0")
     assert Counter(scene.kind for scene in scenes) == {"one": 10, "pair": 10, "group": 10}
-    assert all(is_of_first_grammar(scene) and scene.relation != "inside" for scene in scenes)
     assert {scene.background.kind for scene in scenes} == {"plain"}
+    assert not any("outline" in scene.caption or "inside" in scene.caption for scene in scenes)
+    assert choose(5, 0, "both", "simple")[:3] == [scene for scene in choose(9, 0, "held-out", "v0") if scene.kind == "one"]
+    assert len(choose(5, 0, "both", "simple")) == 5
 
 
 def test_captions_come_again_only_when_all_have_come() -> None:

@@ -1,16 +1,19 @@
-"""What a plan advises and notes, when it is said, and what a request leaves out: drawing without guidance."""
+"""What a plan advises and notes, when it is said, what a request leaves out, and predictions beside the peaks on record."""
 
+import json
 from dataclasses import replace
 
 import pytest
+import torch
 
-from src import base_models, memory_ladder
-from src.config import AppConfig, OptimizationConfig
+from src import base_models, devices, memory_ladder, optimizations
+from src.config import PROJECT_FOLDER, AppConfig, OptimizationConfig
 from src.errors import UserError
 from src.generator import TextToImageGenerator
 from src.memory_plan import GIB, choose
-from src.memory_prediction import Request
-from src.model_shapes import bundled_shapes
+from src.memory_prediction import CPU, Request, predict
+from src.model_files import EMBEDDED
+from src.model_shapes import bundled_shapes, read_shapes
 from src.plan_report import describe
 from src.request import PictureRequest
 from tests.tiny import pipelines
@@ -49,7 +52,7 @@ def test_notes_say_what_has_no_effect_and_not_what_was_asked_for():
 
 
 def test_lcm_draws_without_guidance_and_inpainting_one_picture_at_a_time():
-    picture = PictureRequest("x", batch_size=4, num_images=4, guidance_scale=7.5)
+    picture = PictureRequest(prompt="x", batch_size=4, num_images=4, guidance_scale=7.5)
     assert Request.of(picture, 512, "fp16").guidance
     assert not Request.of(picture, 512, "fp16", unet={"in_channels": 4, "time_cond_proj_dim": 256}).guidance
     assert Request.of(picture, 512, "fp16", unet={"in_channels": 9}).batch_size == 1
@@ -83,3 +86,52 @@ def test_a_plan_is_said_once_and_before_the_model_is_loaded_if_its_shapes_are_kn
     generator.generate("a cat", num_inference_steps=1, seed=1)
     order = ["plan", "loading", "model"] if is_known else ["loading", "model", "plan"]
     assert [line.split()[0] for line in said if line.split()[0] in order] == order
+
+
+def test_beside_a_card_only_what_the_model_took_is_its_own(monkeypatch):
+    """The process holds CUDA's libraries already; a CPU's prediction counts libraries, so all of the process is its own."""
+    monkeypatch.setattr(devices, "available_memory_bytes", lambda: 4 * GIB)
+    monkeypatch.setattr(optimizations, "memory_in_use_bytes", lambda _: 3 * GIB)
+    assert memory_ladder._main_memory_bytes(torch.device("cuda:0"), 1 * GIB) == 6 * GIB
+    assert memory_ladder._main_memory_bytes(torch.device("cpu"), 1 * GIB) == 7 * GIB
+    assert memory_ladder._main_memory_bytes(torch.device("mps"), 1 * GIB) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [("quantize", "nf4", "needs a card"), ("memory", "tiny", "choose auto"), ("max_vram_gb", -1, "above")],
+)
+def test_switches_that_cannot_be_are_refused_before_anything_is_loaded(name, value, said, tmp_path, monkeypatch):
+    config = AppConfig()
+    config.model.model_id, config.model.device = str(pipelines.save(pipelines.sd1(), tmp_path / "sd1")), "cpu"
+    setattr(config.optimization, name, value)
+    monkeypatch.setattr(base_models, "load", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=said):
+        TextToImageGenerator(config).load_model()
+
+
+def test_the_plan_is_that_of_the_first_request(tmp_path):
+    said, config = [], AppConfig()
+    config.model.model_id, config.model.device = str(pipelines.save(pipelines.sd1(), tmp_path / "sd1")), "cpu"
+    config.paths.cache = str(tmp_path / "cache")
+    generator = TextToImageGenerator(config, said.append)
+    for size_px in (64, 512):
+        generator.load_model(PictureRequest(prompt="x", width=size_px, height=size_px))
+    small, large = (float(line.partition("decode ")[2].rstrip(")")) for line in said if line.startswith("plan"))
+    assert small < large
+
+
+RECORDS = sorted((PROJECT_FOLDER / "docs" / "bench").glob("memory*.json"))
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda path: path.stem)
+def test_what_is_predicted_today_is_within_a_tenth_of_every_peak_on_record(record):
+    rows = [item for item in json.loads(record.read_text())["items"] if isinstance(item, dict)]
+    ours = [(row["model"], row["measured GiB"]) for row in rows if "ours" in row.get("model", "")]
+    assert ours
+    for label, measured_gib in ours:
+        name, size, side = label.split(", ")
+        shapes = read_shapes(EMBEDDED) if name == "embedded" else bundled_shapes(name)
+        size_px = int(size.removesuffix(" px"))
+        need = Request(size_px, size_px, precision=side.removeprefix("ours "), safety_checker=False)
+        assert predict(shapes, need, CPU).peak_bytes / GIB == pytest.approx(measured_gib, rel=0.1), label

@@ -101,6 +101,17 @@ def test_splits_never_share_a_caption_and_unseen_pairs_are_in_one_alone() -> Non
         next(grammar.scenes(0, "test"))
 
 
+def test_the_simple_grammar_is_one_thing_on_a_plain_background() -> None:
+    scenes = list(islice(grammar.scenes(3, "train", grammar="simple"), 300))
+    said = re.compile(r"(a picture of )?an? ((small|large) )?(\w+) (\w+)( (on the|at the|in the) \w+)? on a \w+ background")
+    matches = [said.fullmatch(scene.caption) for scene in scenes]
+    assert all(matches)
+    assert {match[4] for match in matches} == set(COLOURS)
+    assert {match[5] for match in matches} == set(SHAPES)
+    every = grammar.scenes(3, "train", ("one",))
+    assert scenes == list(islice((one for one in every if one.background.kind == "plain" and not one.things[0].outline), 300))
+
+
 def test_every_word_of_the_grammar_occurs() -> None:
     said = " ".join(scene.caption for scene in SCENES)
     words = [*COLOURS, *SHAPES, *grammar.POSITIONS, *grammar.RELATIONS, *grammar.TIMES, *grammar.NUMBERS.values()]

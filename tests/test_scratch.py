@@ -252,6 +252,7 @@ def test_a_model_too_large_to_ship_is_assembled_elsewhere(copied: Path, tmp_path
         (["unet", "--set", "channels=32,32,32,32,32,32"], "do not fit into latents of 16 x 16"),
         (["unet", "--set", "attention_levels=3"], "more than the 2 levels"),
         (["all", "--set", "machine.compile=maybe"], "choose auto, on, off"),
+        (["scenes", "--set", "grammar=easy"], "scenes.grammar 'easy' is not known; choose full, v0, simple"),
         (["all", "--set", "machine.precision=fp8"], "choose auto, fp32, bf16"),
     ],
 )
@@ -282,7 +283,7 @@ def test_an_assembled_model_is_unpacked_and_its_unet_goes_on(made: Path, tmp_pat
     assert "run python -m src.scratch scenes" in capsys.readouterr().err
     assert main(["scenes", "--set", "count=41", "--set", "held_out=32", *work]) == 0
     assert main(["unpack", "--model", str(model), *work]) == ExitCode.USAGE
-    assert "other scenes; run python -m src.scratch scenes --set count=40" in capsys.readouterr().err
+    assert "other scenes; run python -m src.scratch scenes --set grammar=full --set count=40" in capsys.readouterr().err
     shutil.copytree(made / "work" / "scenes", tmp_path / "work" / "scenes", dirs_exist_ok=True)
     assert main(["unpack", "--model", str(model), *work]) == 0
     for phase in ("tokenizer", "vae", "clip", "unet"):
@@ -290,7 +291,9 @@ def test_an_assembled_model_is_unpacked_and_its_unet_goes_on(made: Path, tmp_pat
         assert {name: after.read(name) for name in after.files} == {name: before.read(name) for name in before.files}
         assert all(after.facts[part] == before.facts[part] for part in ("settings", "figures"))
     capsys.readouterr()
-    assert main(["unpack", "--model", str(model), *work]) == 0  # what is there stays
+    older = shutil.copytree(model, tmp_path / "older")
+    (older / "card.json").write_text((older / "card.json").read_text().replace('"grammar": "full",', ""))  # a newer setting
+    assert main(["unpack", "--model", str(older), *work]) == 0  # what is there stays
     more = arguments(
         **{"unet.begin_from": model, "unet.steps": 1, "unet.seed": 4, "unet.transformer_layers": 2, "unet.learning_rate": 1e-4}
     )

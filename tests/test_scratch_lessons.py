@@ -16,17 +16,14 @@ from transformers import CLIPTokenizer
 
 from src import diffusion
 from src.diffusion import NoiseSchedule
-from src.errors import ExitCode, UserError
+from src.errors import UserError
 from src.scenes import grammar
 from src.scenes.facts import QUESTIONS
-from src.scratch import clip, learning, phase_report, phases, tokenizer, unet, vae
-from src.scratch.__main__ import main
+from src.scratch import clip, learning, tokenizer, unet, vae
 from src.scratch.learning import Lesson, learn, learning_rate
-from src.scratch.phases import settings_of
 from src.scratch.pictures import Pictures
-from src.scratch.settings import ADDED, MachineSettings, ScratchSettings, TokenizerSettings, UnetSettings, VaeSettings
+from src.scratch.settings import MachineSettings, ScratchSettings, TokenizerSettings, UnetSettings, VaeSettings
 from src.terminal import Terminal
-from tests.test_scratch import arguments, copied, made  # noqa: F401
 
 # -- the loop
 
@@ -331,33 +328,3 @@ def test_captions_are_counted_in_tokens() -> None:
     merges = tokenizer.learn_merges(Counter({"low": 5, "lower": 2}), 2)
     assert tokenizer.tokens_of("low", merges) == ["low</w>"] or len(tokenizer.tokens_of("low", merges)) == 1
     assert len(tokenizer.tokens_of("lower", [])) == 5
-
-
-# -- work folders that are there already
-
-
-def test_all_does_not_draw_other_scenes_under_what_was_learnt(copied: Path, capsys) -> None:  # noqa: F811
-    before = (copied / "scenes" / "final" / "manifest.json").read_bytes()
-    assert main(["all", "--work", str(copied), *arguments(**{"scenes.count": 41})]) == ExitCode.USAGE
-    assert "its scenes are of other settings, and more was learnt from them" in capsys.readouterr().err
-    assert (copied / "scenes" / "final" / "manifest.json").read_bytes() == before
-
-
-def test_a_folder_of_before_a_setting_was_there_goes_on(copied: Path) -> None:  # noqa: F811
-    settings = ScratchSettings()
-    known = {**settings_of(settings, "unet"), "caption_dropout_clear": 0.1}
-    older = {name: value for name, value in known.items() if name not in ADDED}
-    assert learning._differences({**older, "inputs": {}}, {**known, "inputs": {}}) == []
-    assert learning._differences({**older, "inputs": {}}, {**known, "transformer_layers": 2, "inputs": {}}) != []
-    assert phases._learnt(older) == phases._learnt(known)
-
-
-def test_restart_keeps_latents_and_reports_pass_over_other_files(copied: Path, capsys) -> None:  # noqa: F811
-    latents = copied / "unet" / "latents-train" / "manifest.json"
-    written = latents.stat().st_mtime_ns
-    (copied / "unet" / "samples").mkdir(exist_ok=True)
-    assert main(["unet", "--restart", "--work", str(copied), *arguments()]) == 0
-    assert latents.stat().st_mtime_ns == written
-    assert not (copied / "unet" / "samples" / "step-best.png").exists()
-    (copied / "unet" / "samples" / "step-best.png").write_bytes((copied / "unet" / "samples" / "step-000004.png").read_bytes())
-    assert len(phase_report._samples(copied / "unet" / "samples")) == 1

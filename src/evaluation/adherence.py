@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from src.config import AppConfig, GenerationConfig
 from src.errors import ExitCode, UserError, not_found, refused, usage_error
-from src.evaluation.skills import GRAMMARS, SPLITS, Judged, Scores, choose
+from src.evaluation.skills import SPLITS, Judged, Scores, choose
 from src.files import check_writable_folder, publish_bytes
 from src.request import MAX_SEED, PictureRequest, user_path
-from src.scenes.grammar import Scene
+from src.scenes.grammar import GRAMMARS, PARTS_SAY, Scene
 from src.version import VERSION
 
 if TYPE_CHECKING:
@@ -54,10 +54,10 @@ _HELP = {
     "seed": "of the prompts, and of the first picture; the next has the next",
     "batch_size": "pictures drawn together",
     "split": "held-out prompts, colour-shape combinations that training never shows, or half of each",
-    "grammar": "v0: only what the first embedded model was taught (plain backgrounds, no outlines, insides, landscapes)",
+    "grammar": "; ".join(f"{name}: {said}" for name, said in PARTS_SAY.items()),
 }
 _METAVARS = {str: "NAME", int: "N", float: "X", "guidance_interval": "A:B"}
-_CHOICES = {"split": SPLITS, "grammar": GRAMMARS}
+_CHOICES = {"split": SPLITS, "grammar": tuple(GRAMMARS)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from src.evaluation.checking import Verdict
 
 CONFIDENCE_95 = 1.959964
-GRAMMARS = ("full", "v0")
 SPLITS = ("both", *grammar.SPLITS)
 UNSEEN = "unseen combinations"
 TARGETS: Mapping[str, float] = {"overall": 0.95, UNSEEN: 0.85}  # what the embedded model is to reach
@@ -178,20 +177,10 @@ def _line(name: str, share: Share) -> str:
     return f"{name:<22}{share.value:>6.3f}  {f'{share.interval[0]:.3f} to {share.interval[1]:.3f}':<14}{share.count:>6}"
 
 
-def is_of_first_grammar(scene: Scene) -> bool:
-    """Whether the first embedded model's grammar has it: plain backgrounds, no outlines, nothing inside another thing."""
-    return (
-        scene.background is not None
-        and scene.background.kind == "plain"
-        and scene.relation != "inside"
-        and not any(thing.outline for thing in scene.things)
-    )
-
-
 def choose(count: int, seed: int, split: str, among: str = "full") -> list[Scene]:
     """``count`` scenes, of each kind equally many, their captions as different as there are any.
 
-    ``both``: half held-out, half unseen combinations. ``among`` is one of GRAMMARS. Raises UserError (usage).
+    ``both``: half held-out, half unseen combinations. ``among`` is one of `grammar.GRAMMARS`. Raises UserError (usage).
     """
     if count < 1:
         raise usage_error(f"--count {count}: draw at least one picture")
@@ -200,12 +189,11 @@ def choose(count: int, seed: int, split: str, among: str = "full") -> list[Scene
             *choose(count - count // 2, seed, "held-out", among),
             *(choose(count // 2, seed, "unseen", among) if count > 1 else []),
         ]
-    kinds = [k for k in grammar.KINDS if k != "landscape" or (split != "unseen" and among == "full")]
+    kinds = [kind for kind in grammar.GRAMMARS[among] if kind != "landscape" or split != "unseen"]
     found: list[Scene] = []
     for index, kind in enumerate(kinds):
         share = count // len(kinds) + (index < count % len(kinds))
-        endless = _distinct(grammar.scenes(seed, split, (kind,)))
-        found += islice((s for s in endless if among == "full" or is_of_first_grammar(s)), share)
+        found += islice(_distinct(grammar.scenes(seed, split, (kind,), among)), share)
     return found
 
 

@@ -13,7 +13,7 @@ are in it.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from random import Random
 from typing import Any
@@ -52,6 +52,11 @@ TIMES = ("by day", "at sunset", "at night")
 TREES = {1: "a tree", 2: "two trees", 3: "three trees"}
 KINDS = {"one": 30, "pair": 36, "group": 20, "landscape": 14}  # per cent of the training scenes
 SPLITS = ("train", "held-out", "unseen")
+GRAMMARS: Mapping[str, tuple[str, ...]] = {"full": tuple(KINDS), "v0": ("one", "pair", "group"), "simple": ("one",)}
+PARTS_SAY = {
+    "v0": "no patterns, outlines, insides or landscapes: what the first embedded model was taught",
+    "simple": "one thing on a plain background, without outline",
+}
 
 
 @dataclass(frozen=True)
@@ -128,8 +133,20 @@ def split_of(scene: Scene) -> str:
     return "held-out" if zlib.crc32(caption.encode()) % 16 == 0 else "train"
 
 
-def scenes(seed: int, split: str, kinds: tuple[str, ...] = tuple(KINDS)) -> Iterator[Scene]:
-    """Endlessly many scenes of one split, always the same ones for a seed. No two processes need to agree on anything else."""
+def belongs(scene: Scene, grammar: str) -> bool:
+    """Whether one of GRAMMARS has it; the parts are told by PARTS_SAY."""
+    if grammar == "full" or scene.background is None:
+        return scene.kind in GRAMMARS[grammar]
+    is_plain = scene.background.kind == "plain" and not any(thing.outline for thing in scene.things)
+    return is_plain and scene.kind in GRAMMARS[grammar] and scene.relation != "inside"
+
+
+def scenes(seed: int, split: str, kinds: tuple[str, ...] | None = None, grammar: str = "full") -> Iterator[Scene]:
+    """Endlessly many scenes of one split, always the same ones for a seed. No two processes need to agree on anything else.
+
+    Of all ``kinds`` that the ``grammar`` has, or of some of them.
+    """
+    kinds = GRAMMARS[grammar] if kinds is None else kinds
     if split not in SPLITS:
         raise ValueError(f"split '{split}' is not known; choose {', '.join(SPLITS)}")
     random = Random(f"scenes {seed} {split}")
@@ -137,7 +154,7 @@ def scenes(seed: int, split: str, kinds: tuple[str, ...] = tuple(KINDS)) -> Iter
     while True:
         (kind,) = random.choices(kinds, weights)
         scene = _MAKERS[kind](random)
-        if split_of(scene) == split:
+        if split_of(scene) == split and belongs(scene, grammar):
             yield scene
 
 

@@ -15,7 +15,7 @@ from src.checkpoints import CheckpointFolder
 from src.errors import refused, usage_error
 from src.model_files import EMBEDDED
 from src.scratch.card import CARD, PAGE, PARTS, SAMPLES, files_of, make_card, page_of, read_card
-from src.scratch.phases import Work
+from src.scratch.phases import Work, as_learnt
 from src.terminal import Terminal
 
 MAX_SHIPPED_BYTES = 40_000_000  # of the model that everybody gets with the project
@@ -73,7 +73,7 @@ def unpack(model: Path, work: Work) -> None:
     parts = {phase: files_of(model, card, phase) for phase in UNPACKED}
     waiting = [phase for phase in UNPACKED if not _is_there(work, phase, parts[phase])]
     drawn, learnt = work.result("scenes").facts, card["phases"]["scenes"]
-    if any(drawn[part] != learnt[part] for part in ("settings", "figures")):
+    if as_learnt(drawn["settings"]) != as_learnt(learnt["settings"]) or drawn["figures"] != learnt["figures"]:
         asked = " ".join(f"--set {name}={value}" for name, value in learnt["settings"].items())
         raise usage_error(
             f"{work.of('scenes')}: are other scenes; run python -m src.scratch scenes {asked} --work {work.folder}"

@@ -114,11 +114,13 @@ def make_card(work: Work, inputs: dict[str, str], names: list[str]) -> dict[str,
 
 def page_of(card: dict[str, Any]) -> str:
     """The card for people, in the form of the hub's model cards."""
+    part = card["phases"]["scenes"]["settings"].get("grammar", "full")
     lines = [
         "---", "license: mit", "library_name: diffusers", "pipeline_tag: text-to-image", "---", "", f"# {card['name']}", "",
         "Trained from random weights, on pictures that the project draws itself (128 x 128 px). An ordinary Stable Diffusion",
         "folder, with its CLIP. What it understands, with 8 shapes and 12 colours:", "",
         "```text", *(line.strip() for line in (grammar.__doc__ or "").splitlines() if line.startswith("    ")), "```", "",
+        *([f"It was taught a part of this, the {part} grammar: {grammar.PARTS_SAY[part]}.", ""] if part != "full" else []),
         f"![pictures and their prompts]({SAMPLES})", "", *_made_by(card), "`card.json` has every setting.", "",
         "| phase | figures |", "| --- | --- |",
     ]  # fmt: skip

@@ -59,7 +59,7 @@ class Work:
         """Whether the result is there, from these settings and from the inputs as they are."""
         try:
             facts = self.result(phase).facts
-            is_same = _learnt(facts["settings"]) == _learnt(settings_of(settings, phase))
+            is_same = as_learnt(facts["settings"]) == as_learnt(settings_of(settings, phase))
             return is_same and facts["inputs"] == self.inputs(phase)
         except UserError:
             return False
@@ -96,7 +96,8 @@ def identity(result: Checkpoint) -> str:
     return hashlib.sha256((result.folder / MANIFEST).read_bytes()).hexdigest()[:16]
 
 
-def _learnt(settings: Mapping[str, Any]) -> dict[str, Any]:
+def as_learnt(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides what is learnt, also of settings written by a version that lacked some."""
     return {name: value for name, value in (ADDED | dict(settings)).items() if name not in NOT_LEARNT}
 
 

@@ -12,11 +12,13 @@ from pathlib import Path
 from src.config import ModelConfig, check_machine
 from src.errors import usage_error
 from src.model_files import EMBEDDED
+from src.scenes.grammar import GRAMMARS
 
 PHASES = ("scenes", "tokenizer", "vae", "clip", "unet", "assemble")
 PRECISIONS = ("auto", "fp32", "bf16")
 SWITCHES = ("auto", "on", "off")
-ADDED = {"transformer_layers": 1, "caption_dropout_clear": 0.1}  # settings of later versions, and what stood for them before
+# Settings of later versions, and what stood for them before.
+ADDED = {"grammar": "full", "transformer_layers": 1, "caption_dropout_clear": 0.1}
 NOT_LEARNT = ("validation_steps", "checkpoint_steps", "examined")  # settings that change nothing of what is learnt
 MAX_SCENES = 400_000  # a manifest lists a thousand files
 
@@ -25,6 +27,7 @@ MAX_SCENES = 400_000  # a manifest lists a thousand files
 class ScenesSettings:
     """The pictures that all phases learn from."""
 
+    grammar: str = "full"  # full | v0 | simple: `src.scenes.grammar.belongs`
     count: int = 60_000
     held_out: int = 512  # of those that only judge
     seed: int = 0
@@ -152,6 +155,8 @@ def check(settings: ScratchSettings) -> None:
         raise usage_error(f"machine.precision '{settings.machine.precision}' is not known; choose {', '.join(PRECISIONS)}")
     if settings.machine.compile not in SWITCHES:
         raise usage_error(f"machine.compile '{settings.machine.compile}' is not known; choose {', '.join(SWITCHES)}")
+    if settings.scenes.grammar not in GRAMMARS:
+        raise usage_error(f"scenes.grammar '{settings.scenes.grammar}' is not known; choose {', '.join(GRAMMARS)}")
     for name in ("vae", "clip", "unet"):
         part = getattr(settings, name)
         if part.warmup_steps >= part.steps:

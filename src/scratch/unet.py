@@ -18,10 +18,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import safetensors
@@ -33,7 +34,7 @@ from diffusers.models.attention_processor import Attention
 from PIL import Image
 from torch import Tensor, nn
 
-from src import diffusion, native
+from src import diffusion, folders, native
 from src.checkpoints import CheckpointFolder, read_manifest
 from src.cpu_kernels import CpuAttention, is_plain
 from src.diffusion import NoiseSchedule
@@ -63,6 +64,7 @@ SAMPLING = {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigm
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 COMPILE_PAYS_SAMPLES = 100_000  # in bf16; in fp32 a step is 4 % faster, and the two and a half minutes are seldom paid back
 EMPTY_CELL = 0.2  # what telling that nothing lies there counts, beside a shape: most cells are empty
+KEPT = 8192  # pictures whose latents are kept together, a minute's work or two
 JUDGED, CHECKED, SHOWN, SHOWN_STEPS, GUIDANCE = 256, 64, 24, 20, 5.0
 
 
@@ -272,20 +274,9 @@ def timesteps_by(weights: Tensor, count: int, random: torch.Generator) -> Tensor
 
 
 def gather(work: Work, settings: ScratchSettings, split: str, autoencoder: torch.nn.Module, terminal: Terminal) -> Material:
-    """Latents, which are kept on the disk, and embeddings of a split. ``autoencoder`` is the published VAE."""
-    inputs, kept = work.inputs("unet"), work.of("unet") / f"{LATENTS}{split}"
+    """Latents and embeddings of a split. ``autoencoder`` is the published VAE."""
     pictures = read_pictures(work.result("scenes"), split)
-    try:
-        held = read_manifest(kept)
-        is_right = held.facts == {"vae": inputs["vae"], "scenes": inputs["scenes"]}
-        latents = safetensors.torch.load(held.read("latents.safetensors"))["latents"] if is_right else None
-    except UserError:
-        latents = None
-    if latents is None:
-        latents = _encode(autoencoder, pictures.pixels, settings, terminal)
-        contents = {"latents.safetensors": safetensors.torch.save({"latents": latents})}
-        store = CheckpointFolder(work.of("unet"), terminal.say)
-        store.publish(kept.name, contents, {"vae": inputs["vae"], "scenes": inputs["scenes"]})
+    latents = _encoded(work, split, pictures.pixels, autoencoder, settings, terminal)
     distinct = sorted(set(pictures.captions))
     number = {caption: index for index, caption in enumerate(distinct)}
     text = clip.read_text_tower(work).to(device_of(settings.machine))
@@ -295,18 +286,50 @@ def gather(work: Work, settings: ScratchSettings, split: str, autoencoder: torch
     return Material(latents.float() * autoencoder.config.scaling_factor, embeddings, caption_of, shapes)
 
 
+def _encoded(
+    work: Work, split: str, pixels: Tensor, autoencoder: torch.nn.Module, settings: ScratchSettings, terminal: Terminal
+) -> Tensor:
+    """Latents (N, 12, 16, 16) in fp16, kept on the disk part by part, so that a kill costs one part."""
+    inputs = work.inputs("unet")
+    made_from = {"vae": inputs["vae"], "scenes": inputs["scenes"]}
+    store, parts = CheckpointFolder(work.of("unet"), terminal.say), []
+    names = [f"{LATENTS}{split}-{start:06d}" for start in range(0, len(pixels), KEPT)]
+    terminal.start_progress(len(pixels))
+    for name, part in zip(names, pixels.split(KEPT)):
+        facts = {**made_from, "count": len(part)}
+        latents = _kept(store.root / name, facts)
+        if latents is None:
+            latents = _encode(
+                autoencoder, part, settings, lambda done: terminal.progress(len(parts) * KEPT + done, "unet    encoding")
+            )
+            store.publish(name, {"latents.safetensors": safetensors.torch.save({"latents": latents})}, facts)
+        parts.append(latents)
+    terminal.end_progress()
+    for other in store.root.iterdir():  # of more scenes than now
+        if re.fullmatch(rf"{LATENTS}{split}-\d{{6}}", other.name) and other.name not in names:
+            folders.remove_folder(other)
+    return torch.cat(parts)
+
+
+def _kept(folder: Path, facts: dict[str, Any]) -> Tensor | None:
+    """Latents that were encoded before from the same; None where there are none, or damaged ones."""
+    try:
+        held = read_manifest(folder)
+        return safetensors.torch.load(held.read("latents.safetensors"))["latents"] if held.facts == facts else None
+    except UserError:
+        return None
+
+
 @torch.no_grad()
-def _encode(autoencoder: torch.nn.Module, pixels: Tensor, settings: ScratchSettings, terminal: Terminal) -> Tensor:
-    """(N, 12, 16, 16) in fp16."""
+def _encode(autoencoder: torch.nn.Module, pixels: Tensor, settings: ScratchSettings, report: Callable[[int], None]) -> Tensor:
+    """(N, 12, 16, 16) in fp16; ``report`` is told how many are done."""
     device, parts = autoencoder.device, []
     if device.type == "cpu":
         keep_freed_memory()  # a quarter of the time
-    terminal.start_progress(len(pixels))
     for part in pixels.split(64):
         with precision_of(settings.machine, device):
             parts.append(vae.encode(autoencoder, part.to(device).float() / 127.5 - 1).cpu().half())
-        terminal.progress(64 * len(parts), "unet    encoding")
-    terminal.end_progress()
+        report(64 * len(parts))
     return torch.cat(parts)
 
 
@@ -315,7 +338,8 @@ def examine(
     terminal: Terminal,
 ) -> tuple[dict[str, float], bytes]:  # fmt: skip
     """The share of pictures that follow their prompts, skill by skill, as `evaluate adherence` has it; and some, as PNG."""
-    scenes = choose(settings.unet.examined, 0, "both")
+    grammar = work.result("scenes").facts["settings"].get("grammar", "full")  # that of what it has learnt
+    scenes = choose(settings.unet.examined, 0, "both", grammar)
     text, tokenizer = clip.read_text_tower(work).to(device), read_tokenizer(work)
     empty = clip.embed(text, tokenizer, [""], settings)
     judged: list[Judged] = []

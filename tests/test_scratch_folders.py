@@ -1,0 +1,98 @@
+"""Work folders of a model from nothing: what is in them stays, or is made anew; scenes of a part of the grammar."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from src.errors import ExitCode
+from src.scratch import learning, phase_report, phases, unet, vae
+from src.scratch.__main__ import main
+from src.scratch.card import page_of
+from src.scratch.phases import Work, settings_of
+from src.scratch.pictures import read_pictures
+from src.scratch.settings import ADDED, ScratchSettings, UnetSettings
+from src.terminal import Terminal
+from tests.test_scratch import arguments, copied, made  # noqa: F401
+
+
+def test_all_does_not_draw_other_scenes_under_what_was_learnt(copied: Path, capsys) -> None:  # noqa: F811
+    before = (copied / "scenes" / "final" / "manifest.json").read_bytes()
+    assert main(["all", "--work", str(copied), *arguments(**{"scenes.count": 41})]) == ExitCode.USAGE
+    assert "its scenes are of other settings, and more was learnt from them" in capsys.readouterr().err
+    assert (copied / "scenes" / "final" / "manifest.json").read_bytes() == before
+
+
+def test_a_folder_of_before_a_setting_was_there_goes_on(copied: Path) -> None:  # noqa: F811
+    settings = ScratchSettings()
+    known = {**settings_of(settings, "unet"), "caption_dropout_clear": 0.1}
+    older = {name: value for name, value in known.items() if name not in ADDED}
+    assert learning._differences({**older, "inputs": {}}, {**known, "inputs": {}}) == []
+    assert learning._differences({**older, "inputs": {}}, {**known, "transformer_layers": 2, "inputs": {}}) != []
+    assert phases.as_learnt(older) == phases.as_learnt(known)
+
+
+def test_restart_keeps_latents_and_reports_pass_over_other_files(copied: Path, capsys) -> None:  # noqa: F811
+    latents = copied / "unet" / "latents-train-000000" / "manifest.json"
+    written = latents.stat().st_mtime_ns
+    (copied / "unet" / "samples").mkdir(exist_ok=True)
+    assert main(["unet", "--restart", "--work", str(copied), *arguments()]) == 0
+    assert latents.stat().st_mtime_ns == written
+    assert not (copied / "unet" / "samples" / "step-best.png").exists()
+    (copied / "unet" / "samples" / "step-best.png").write_bytes((copied / "unet" / "samples" / "step-000004.png").read_bytes())
+    assert len(phase_report._samples(copied / "unet" / "samples")) == 1
+
+
+def test_latents_are_kept_part_by_part(copied: Path, monkeypatch) -> None:  # noqa: F811
+    """A kill costs one part; parts of more scenes than there are now go; the whole is what the VAE gives at once."""
+    work = Work(copied, print)
+    pixels = read_pictures(work.result("scenes"), "train").pixels
+    autoencoder = vae.read_vae(work)
+    monkeypatch.setattr(unet, "KEPT", 16)
+    encode, calls = vae.encode, []
+
+    def killed_in_the_second(*given: object) -> object:
+        calls.append(given)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return encode(*given)
+
+    monkeypatch.setattr(vae, "encode", killed_in_the_second)
+    given = (work, "train", pixels, autoencoder, ScratchSettings(), Terminal())
+    with pytest.raises(KeyboardInterrupt):
+        unet._encoded(*given)
+    latents = unet._encoded(*given)
+    assert [len(pixels) for _, pixels in calls] == [16, 16, 16, 8]
+    with torch.no_grad():
+        whole = encode(autoencoder, pixels.float() / 127.5 - 1)
+    assert float((latents.float() - whole).abs().max()) < 0.01
+    assert len(list((copied / "unet").glob("latents-train-*"))) == 3
+    unet._encoded(work, "train", pixels[:16], *given[3:])
+    assert [folder.name for folder in (copied / "unet").glob("latents-train-*")] == ["latents-train-000000"]
+    assert len(calls) == 4
+
+
+def test_the_page_says_of_which_part_of_the_grammar_a_model_is(made: Path) -> None:  # noqa: F811
+    card = json.loads((made / "model" / "card.json").read_text())
+    assert "a part of this" not in page_of(card)
+    card["phases"]["scenes"]["settings"]["grammar"] = "simple"
+    assert "a part of this, the simple grammar: one thing on a plain background, without outline." in page_of(card)
+
+
+def test_a_part_of_the_grammar_is_drawn_and_examined(copied: Path, tmp_path: Path, monkeypatch) -> None:  # noqa: F811
+    simple = ["--set", "grammar=simple", "--set", "count=20", "--set", "held_out=32"]
+    assert main(["scenes", "--work", str(tmp_path / "simple"), *simple]) == 0
+    work = Work(tmp_path / "simple", print)
+    drawn = work.result("scenes")
+    for split in ("train", "held-out"):
+        assert {(scene.kind, scene.background.kind) for scene in read_pictures(drawn, split).scenes} == {("one", "plain")}
+    monkeypatch.setattr(unet, "sample", lambda unet, vae, captions, *_, **named: torch.zeros(len(captions), 3, 128, 128))
+    for phase in ("tokenizer", "clip"):
+        (copied / phase).rename(work.of(phase))
+    settings = ScratchSettings(unet=UnetSettings(examined=6))  # what was learnt decides, not what is typed now
+    figures, _ = unet.examine(None, None, work, settings, torch.device("cpu"), Terminal())
+    assert {"adherence, single object", "adherence, unseen combinations"} <= figures.keys()
+    assert not {"adherence, two objects", "adherence, backgrounds", "adherence, landscapes"} & figures.keys()
