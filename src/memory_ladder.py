@@ -187,7 +187,7 @@ class MemoryLadder:
         self.plan, self._applied = plan, None  # when it is cut off half-way, the next one starts anew
         if plan.placement != self._said:
             _say_plan(plan, self._say)
-        self._said = None
+        self._said = plan.placement
         if model.device.type == "cpu" and not options.enable_torch_compile and (problem := native.problem()):
             self._say(f"cpu     {problem}")
         if options.enable_torch_compile:

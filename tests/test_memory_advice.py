@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
-from src import base_models, devices, memory_ladder, optimizations
+from src import base_models, cpu_layers, devices, memory_ladder, optimizations
 from src.config import PROJECT_FOLDER, AppConfig, OptimizationConfig
 from src.errors import UserError
 from src.generator import TextToImageGenerator
@@ -119,6 +120,29 @@ def test_the_plan_is_that_of_the_first_request(tmp_path):
         generator.load_model(PictureRequest(prompt="x", width=size_px, height=size_px))
     small, large = (float(line.partition("decode ")[2].rstrip(")")) for line in said if line.startswith("plan"))
     assert small < large
+
+
+def test_a_plan_that_comes_back_is_said_again(tmp_path, monkeypatch):
+    """The card runs out once, so the next smaller plan draws; a smaller picture returns to the plan of the announcement."""
+    monkeypatch.setattr(cpu_layers, "CAN_PACK", False)
+    monkeypatch.setattr(optimizations, "memory_budget", lambda *_: 100 * GIB)
+    forward, calls = UNet2DConditionModel.forward, []
+
+    def once(*given, **named):
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return forward(*given, **named)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", once)
+    said, config = [], AppConfig()
+    config.model.model_id, config.model.device = str(pipelines.save(pipelines.sd1(), tmp_path / "sd1")), "cpu"
+    config.paths.cache = str(tmp_path / "cache")
+    generator = TextToImageGenerator(config, said.append)
+    for size_px in (128, 64):
+        generator.generate("a cat", width=size_px, height=size_px, num_inference_steps=1, seed=1)
+    first, second, third = (line.partition(",")[0] for line in said if line.startswith("plan"))
+    assert first == third == "plan    GPU" != second
 
 
 RECORDS = sorted((PROJECT_FOLDER / "docs" / "bench").glob("memory*.json"))
