@@ -24,9 +24,10 @@ from src.errors import refused
 
 SIDECAR_SUFFIXES = (".txt", ".caption")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
-TABLE_NAMES = ("results.csv", "captions.csv", "captions.txt")  # of Flickr30k and Flickr8k
+TABLE_NAMES = ("results.csv", "captions.csv", "captions.txt", "flickr_annotations_30k.csv")  # of Flickr30k and Flickr8k
 _TABLE_PICTURE = ("image", "image_name", "file_name", "filename")
-_TABLE_CAPTION = ("caption", "comment", "text", "sentence")
+_TABLE_LISTS = ("captions", "raw")  # several captions in one cell, as a JSON list: Flickr30k on the Hugging Face hub
+_TABLE_CAPTION = ("caption", "comment", "text", "sentence", *_TABLE_LISTS)
 MAX_SIDECAR_BYTES = 64 << 10
 MAX_METADATA_BYTES = 512 << 20
 _SHOWN_PROBLEMS = 20
@@ -98,7 +99,7 @@ def read_caption_table(table: Path, folder: Path, pictures: Sequence[Path]) -> t
     """The captions of the pictures below ``folder`` that a table names, in its order, and notes.
 
     A caption a line, several lines a picture: ``image,caption`` (CSV) or ``image_name| comment_number| comment``, and such a
-    first line.
+    first line; or a line a picture, with a column ``raw`` or ``captions`` that holds a JSON list.
 
     A picture is named by its path from the folder or the table, or by its file name where no other picture has that. Raises
     UserError (refused) for a file that is no such table, names none of the pictures, or may mean either of two.
@@ -166,9 +167,22 @@ def _table_rows(table: Path, text: str) -> Iterator[tuple[int, str, str]]:
             words = delimiter.join(row[caption:]) if caption == len(head) - 1 else row[caption]
             if quoting == csv.QUOTE_MINIMAL and any(_begins_a_row(line) for line in words.splitlines()[1:]):
                 raise refused(f"{table}: line {reader.line_num} is within quotes that an earlier line opened; close them there")
-            yield reader.line_num, row[picture].strip().replace("\\", "/"), words
+            name = row[picture].strip().replace("\\", "/")
+            for one in _listed(words) if head[caption] in _TABLE_LISTS else [words]:
+                yield reader.line_num, name, one
     except csv.Error as error:
         raise refused(f"{table}: line {reader.line_num} is no line of a table ({error}); save it as CSV") from None
+
+
+def _listed(words: str) -> list[str]:
+    """The captions of a cell: each of a JSON list, or the text itself; ``[""]`` for a list of anything else, or of nothing."""
+    if not words.lstrip().startswith("["):
+        return [words]
+    try:
+        found = json.loads(words)
+    except (ValueError, RecursionError):
+        return [""]
+    return found if found and all(isinstance(item, str) for item in found) else [""]
 
 
 def repeats_of(folder: Path, picture: Path) -> int:

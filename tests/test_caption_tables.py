@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -24,6 +26,27 @@ def test_both_forms(style: str, stop: str, tmp_path: Path) -> None:
     found, notes = read(finetuning.flickr(tmp_path / "flickr", 2, style))
     assert found == {f"000{n}.png": tuple(f"caption {k}, of 000{n}{stop}" for k in range(3)) for n in range(2)}
     assert notes[0].endswith("6 of 2 pictures")
+
+
+def test_a_list_in_a_cell_is_several_captions(tmp_path: Path) -> None:
+    """The columns and the quoting of Flickr30k on the Hugging Face hub; lists that are none are left out and counted."""
+    training.photos(tmp_path / "data" / "flickr30k-images", 3)
+    rows = [
+        ("raw", "sentids", "split", "filename", "img_id"),
+        (json.dumps(["Two men, outside.", 'A "friend" waves.']), "[0, 1]", "train", "0000.png", 0),
+        (json.dumps(["A dog runs."]), "[2]", "test", "0001.png", 1),
+        ('["A cat', "[3]", "val", "0002.png", 2),
+        ("[1, 2]", "[4]", "val", "0002.png", 2),
+        ("[]", "[5]", "val", "0002.png", 2),
+    ]
+    with (tmp_path / "data" / "flickr_annotations_30k.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    found, notes = read(tmp_path / "data")
+    assert found == {"0000.png": ("Two men, outside.", 'A "friend" waves.'), "0001.png": ("A dog runs.",)}
+    assert notes == [
+        "captions from flickr_annotations_30k.csv: 3 of 2 pictures",
+        "flickr_annotations_30k.csv: 3 lines without picture or caption are left out, first line 4",
+    ]
 
 
 def test_what_is_wrong_is_said(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_singular_values_become_alike_and_directions_stay() -> None:
     left, _ = torch.linalg.qr(torch.randn(32, 32))
     right, _ = torch.linalg.qr(torch.randn(48, 48))
     matrix = left @ torch.diag(torch.logspace(-1.5, 0, 32)) @ right[:32]
-    found = orthogonal(matrix).float()
+    found = orthogonal(matrix[None])[0].float()
     inner = left.T @ found @ right[:32].T  # near the identity
     assert float(inner.diagonal().min()) > 0.6
     assert float(inner.diagonal().max()) < 1.3
@@ -67,10 +67,31 @@ def test_wide_matrices_take_the_short_way_to_the_same_place(shape: tuple[int, in
     iterated = muon._iterated
     with monkeypatch.context() as patch:
         patch.setattr(muon, "_iterated", lambda x: pytest.fail("took the long way"))
-        short = muon.orthogonal(matrix)
+        short = muon.orthogonal(matrix[None])[0]
     x = (matrix.T if shape[0] > shape[1] else matrix).double()
-    x = iterated(x / x.norm())
+    x = iterated((x / x.norm())[None])[0]
     assert torch.allclose(short, (x.T if shape[0] > shape[1] else x).float(), atol=1e-4)
+
+
+def test_matrices_that_move_together_move_as_each_alone() -> None:
+    """Of three shapes, two of them twice and of different size: what one does is not the others' matter."""
+    shapes = [(24, 40), (40, 24), (24, 40), (16, 24, 3, 3), (16, 24, 3, 3)]
+    starts = [torch.randn(shape) for shape in shapes]
+
+    def moved(*which: int) -> list[Tensor]:
+        parameters = [nn.Parameter(starts[index].clone()) for index in which]
+        optimizer = Muon([{"params": parameters, "is_matrix": True, "weight_decay": 0.1}], lr=0.01)
+        for number in range(3):
+            for index, parameter in zip(which, parameters):
+                parameter.grad = 10**index * torch.randn(
+                    shapes[index], generator=torch.Generator().manual_seed(9 * number + index)
+                )
+            optimizer.step()
+        return [parameter.detach() for parameter in parameters]
+
+    together = moved(0, 1, 2, 3, 4)
+    for index, found in enumerate(together):
+        assert torch.allclose(found, moved(index)[0], atol=1e-6)
 
 
 def test_groups_hold_every_parameter_once_and_first_layers_are_adamws() -> None:

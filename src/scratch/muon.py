@@ -10,6 +10,7 @@ torch.optim.Muon takes no convolutions, whose kernel is a matrix of (out, in * h
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -58,28 +59,40 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("Muon takes no closure")
         for group in self.param_groups:
-            move = self._along_orthogonal if group["is_matrix"] else self._as_adamw
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    move(parameter, parameter.grad, self.state[parameter], group)
+            moving = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in moving:
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            if group["is_matrix"]:
+                self._along_orthogonal(moving, group)
+            else:
+                for parameter in moving:
+                    self._as_adamw(parameter, parameter.grad, self.state[parameter], group)
 
-    @staticmethod
-    def _along_orthogonal(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        momentum = state.setdefault("momentum", torch.zeros_like(parameter))
-        momentum.lerp_(gradient, 1 - group["momentum"])
-        update = gradient.lerp(momentum, group["momentum"])
-        matrix = update.flatten(1) if update.ndim == 2 else update.permute(0, 2, 3, 1).flatten(1)  # no copy with channels last
-        direction = orthogonal(matrix).to(parameter.dtype)
-        if update.ndim == 4:
-            rows, columns, height, width = update.shape
-            direction = direction.view(rows, height, width, columns).permute(0, 3, 1, 2)
-        parameter.add_(direction, alpha=-group["lr"] * STEP_SIZE * max(matrix.shape) ** 0.5)
+    def _along_orthogonal(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """Matrices of one shape at once: one by one a 128 x 128 matrix keeps one core busy and leaves the others idle."""
+        alike = defaultdict(list)
+        for parameter in parameters:
+            if not (state := self.state[parameter]):
+                state["momentum"] = torch.zeros_like(parameter)
+            momentum = state["momentum"]
+            momentum.lerp_(parameter.grad, 1 - group["momentum"])
+            update = parameter.grad.lerp(momentum, group["momentum"])
+            matrix = update.flatten(1) if update.ndim == 2 else update.permute(0, 2, 3, 1).flatten(1)  # a view: channels last
+            alike[matrix.shape, matrix.device].append((parameter, matrix))
+        for (shape, _), pairs in alike.items():
+            directions = orthogonal(torch.stack([matrix for _, matrix in pairs]))
+            for (parameter, _), direction in zip(pairs, directions):
+                if parameter.ndim == 4:
+                    rows, columns, height, width = parameter.shape
+                    direction = direction.view(rows, height, width, columns).permute(0, 3, 1, 2)
+                parameter.add_(direction.to(parameter.dtype), alpha=-group["lr"] * STEP_SIZE * max(shape) ** 0.5)
 
     @staticmethod
     def _as_adamw(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        mean, square = (state.setdefault(name, torch.zeros_like(parameter)) for name in ("exp_avg", "exp_avg_sq"))
-        state["step"] = step = state.get("step", 0) + 1
+        if not state:
+            state.update(exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter), step=0)
+        mean, square = state["exp_avg"], state["exp_avg_sq"]
+        state["step"] = step = state["step"] + 1
         first, second = group["betas"]
         mean.lerp_(gradient, 1 - first)
         square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
@@ -87,39 +100,45 @@ class Muon(torch.optim.Optimizer):
         parameter.addcdiv_(mean, deviation, value=-group["lr"] / (1 - first**step))
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """Near ``U V^T`` of ``matrix = U S V^T`` (rows, columns): singular values of 0.7 to 1.2. In bf16 where that is fast.
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Near ``U V^T`` of each ``U S V^T`` of (N, rows, columns): singular values of 0.7 to 1.2. In bf16 where that is fast.
 
     Each step is a polynomial in x x^T times x, so all five are one such polynomial times the first x. In fp32 it is worked out
     on the small square x x^T, which for the wide matrices of convolutions takes a third of the time; bf16 is too coarse for it.
     """
-    x = matrix.to(torch.bfloat16 if has_fast_bf16(matrix.device) else torch.float32)
-    is_tall = x.shape[0] > x.shape[1]
-    x = x.T if is_tall else x
-    x = x / (x.norm() + 1e-7)
-    is_wide = x.dtype == torch.float32 and x.shape[1] >= 2 * x.shape[0]
-    x = _polynomial(x @ x.T) @ x if is_wide else _iterated(x)
-    return x.T if is_tall else x
+    x = matrices.to(torch.bfloat16 if has_fast_bf16(matrices.device) else torch.float32)
+    is_tall = x.shape[1] > x.shape[2]
+    x = x.mT if is_tall else x
+    x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-7)
+    is_wide = x.dtype == torch.float32 and x.shape[2] >= 2 * x.shape[1]
+    x = _polynomial(x @ x.mT) @ x if is_wide else _iterated(x)
+    return x.mT if is_tall else x
 
 
 def _iterated(x: Tensor) -> Tensor:
     a, b, c = QUINTIC
     for _ in range(ITERATIONS):
-        square = x @ x.T
-        x = a * x + (b * square + c * square @ square) @ x
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return x
 
 
 def _polynomial(square: Tensor) -> Tensor:
     """p(x x^T) such that p(x x^T) x is what the iterations make of x."""
-    a, b, c = QUINTIC
-    one = product = torch.eye(len(square), device=square.device, dtype=square.dtype)
-    for iteration in range(ITERATIONS):
-        factor = a * one + b * square + c * square @ square
-        product = factor @ product if iteration else factor
-        if iteration + 1 < ITERATIONS:
-            square = factor @ factor @ square  # of factor x, for all these commute
+    product = factor = _factor(square)
+    for _ in range(ITERATIONS - 1):
+        square = factor @ factor @ square  # of factor x, for all these commute
+        factor = _factor(square)
+        product = factor @ product
     return product
+
+
+def _factor(square: Tensor) -> Tensor:
+    """What one iteration multiplies x by: a + b x x^T + c (x x^T)^2."""
+    a, b, c = QUINTIC
+    factor = torch.baddbmm(square, square, square, beta=b, alpha=c)
+    factor.diagonal(dim1=1, dim2=2).add_(a)
+    return factor
 
 
 @cache  # each matrix of each step asks
