@@ -174,4 +174,21 @@ def test_the_map_of_shapes_has_each_where_the_picture_shows_its_colour(shape: st
     for share, kind in zip(shares, (0, 1 + SHAPES.index(shape), 1)):
         assert (share > 0.7).sum() > 1
         assert (found[share > 0.7] == kind).all()
-    assert not drawing.shapes_map(next(scene for scene in SCENES if scene.landscape), 16).any()
+
+
+def test_houses_and_trees_of_landscapes_are_told_where_they_stand() -> None:
+    """A cell is a tree's where nearly all of its pixels have the colour of leaves, and the sky above is nothing's."""
+    seen = 0
+    for scene in islice(grammar.scenes(5, "train", ("landscape",)), 12):
+        found = drawing.shapes_map(scene, 16)
+        pixels = np.asarray(drawing.draw(scene)).astype(int)
+        dark = drawing.DARKER[scene.landscape.time]
+        leaves = np.abs(pixels - [round(part * dark) for part in (21, 94, 60)]).max(-1) < 3
+        walls = np.abs(pixels - [round(part * max(dark, 0.75)) for part in COLOURS[scene.landscape.house]]).max(-1) < 3
+        for mask, kind in ((leaves, "tree"), (walls, "house")):
+            full = mask.reshape(16, 8, 16, 8).mean((1, 3)) > 0.9
+            seen += int(full.sum())
+            assert (found[full] == 1 + drawing.TOLD.index(kind)).all()
+        assert not found[:4].any()
+        assert {*np.unique(found)} <= {0, 1 + drawing.TOLD.index("house"), 1 + drawing.TOLD.index("tree")}
+    assert seen > 12

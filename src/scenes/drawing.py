@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from random import Random
 
 import numpy as np
@@ -23,6 +24,7 @@ SKIES = {  # from above to the horizon
 }  # fmt: skip
 LIGHTS = {"by day": (253, 224, 71), "at sunset": (254, 215, 120), "at night": (235, 235, 215)}
 HILL_COLOURS = {"green": (74, 150, 60), "yellow": (222, 184, 60), "brown": (140, 96, 60), "white": (236, 240, 245)}
+TOLD = (*SHAPES, "house", "tree")  # what `shapes_map` tells apart
 DARKER = {"by day": 1.0, "at sunset": 0.86, "at night": 0.55}
 
 
@@ -38,15 +40,20 @@ def draw(scene: Scene) -> Image.Image:
 
 
 def shapes_map(scene: Scene, side: int) -> np.ndarray:
-    """Which shape most of each cell shows: (side, side) uint8, 0 for none and n + 1 for the n-th of SHAPES."""
+    """What most of each cell shows: (side, side) uint8, 0 for background and n + 1 for the n-th of TOLD."""
     kinds = Image.new("L", (SIZE_PX * FINER, SIZE_PX * FINER))
     canvas = ImageDraw.Draw(kinds)
     for thing in _from_below(scene):
-        kind = 1 + SHAPES.index(thing.shape)
+        kind = 1 + TOLD.index(thing.shape)
         _draw_thing(canvas, thing, kind, None if thing.outline is None else kind)
+    if scene.landscape is not None:
+        view = _view_of(scene.landscape)
+        for kind, parts in [("house", _house(*view.house)), *(("tree", _tree(*tree)) for tree in view.trees)]:
+            for corners in parts:
+                canvas.polygon(corners, fill=1 + TOLD.index(kind))
     points = np.asarray(kinds.resize((side * CELL_POINTS,) * 2, Image.Resampling.NEAREST))
     points = points.reshape(side, CELL_POINTS, side, CELL_POINTS)
-    shares = np.stack([(points == kind).sum(axis=(1, 3)) for kind in range(1 + len(SHAPES))])
+    shares = np.stack([(points == kind).sum(axis=(1, 3)) for kind in range(1 + len(TOLD))])
     return shares.argmax(axis=0).astype(np.uint8)
 
 
@@ -126,68 +133,92 @@ def _draw_ring(canvas: ImageDraw.ImageDraw, thing: Thing, fill: Ink) -> None:
     canvas.ellipse(box, outline=fill, width=round(RING * thing.radius * FINER))
 
 
-def _landscape(land: Landscape) -> Image.Image:
-    random, size, dark = Random(land.seed), SIZE_PX * FINER, DARKER[land.time]
-    top, bottom = (np.array(colour, dtype=np.float32) for colour in SKIES[land.time])
+@dataclass(frozen=True)
+class View:
+    """Where everything of a landscape is, in pixels of the large canvas."""
+
+    horizon: float  # a share of the height
+    light: tuple[float, float]
+    stars: list[tuple[float, float, float]]  # x, y, radius
+    hills: list[float]  # where their waves begin
+    house: tuple[float, float, float]  # its middle, its foot, the side of a picture that it fits
+    trees: list[tuple[float, float, float]]
+
+
+def _view_of(land: Landscape) -> View:
+    random, size = Random(land.seed), SIZE_PX * FINER
     horizon = random.uniform(0.5, 0.6)
-    share = np.clip((np.arange(size) + 0.5) / (size * horizon), 0, 1)[:, None, None]
+    x = random.choice((0.2, 0.8)) * size + random.uniform(-0.05, 0.05) * size
+    y = (horizon - 0.06 if land.time == "at sunset" else random.uniform(0.15, 0.22)) * size
+    stars = [
+        (random.uniform(0, size), random.uniform(0, horizon * size * 0.9), random.uniform(1.5, 3.5))
+        for _ in range(14 if land.time == "at night" else 0)
+    ]
+    hills = [random.uniform(0, 6.3) for _ in range(2)]
+    places = random.sample([0.16, 0.39, 0.61, 0.84], land.trees + 1)
+    house = (places[0] * size, (horizon + random.uniform(0.26, 0.32)) * size, size)
+    trees = [
+        (place * size, (horizon + random.uniform(0.2, 0.34)) * size, size * random.uniform(0.9, 1.1)) for place in places[1:]
+    ]
+    return View(horizon, (x, y), stars, hills, house, trees)
+
+
+def _landscape(land: Landscape) -> Image.Image:
+    view, size, dark = _view_of(land), SIZE_PX * FINER, DARKER[land.time]
+    top, bottom = (np.array(colour, dtype=np.float32) for colour in SKIES[land.time])
+    share = np.clip((np.arange(size) + 0.5) / (size * view.horizon), 0, 1)[:, None, None]
     sky = np.broadcast_to(top * (1 - share) + bottom * share, (size, size, 3))
     picture = Image.fromarray(sky.astype(np.uint8))
     canvas = ImageDraw.Draw(picture)
-    _draw_light(canvas, land.time, random, horizon)
-    hill = HILL_COLOURS[land.hills]
-    for depth, tone in ((0.0, 0.82), (0.14, 1.0)):
-        height = [
-            horizon + depth + 0.05 * math.sin(x / 7.0 + random_phase)
-            for random_phase in [random.uniform(0, 6.3)]
-            for x in range(65)
-        ]
+    for x, y, r in view.stars:
+        canvas.ellipse((x - r, y - r, x + r, y + r), fill=(240, 240, 220))
+    (x, y), r = view.light, 0.09 * size  # the sun, low at sunset; at night the moon
+    canvas.ellipse((x - r, y - r, x + r, y + r), fill=LIGHTS[land.time])
+    for depth, tone, begin in zip((0.0, 0.14), (0.82, 1.0), view.hills):
+        height = [view.horizon + depth + 0.05 * math.sin(x / 7.0 + begin) for x in range(65)]
         corners = [(x * size / 64, y * size) for x, y in enumerate(height)]
-        canvas.polygon([*corners, (size, size), (0, size)], fill=_shaded(hill, tone * dark))
-    places = random.sample([0.16, 0.39, 0.61, 0.84], land.trees + 1)
-    draw_house(
-        canvas,
-        places[0] * size,
-        (horizon + random.uniform(0.26, 0.32)) * size,
-        size,
-        _shaded(COLOURS[land.house], max(dark, 0.75)),
-        dark,
-    )
-    for place in places[1:]:
-        _draw_tree(canvas, place * size, (horizon + random.uniform(0.2, 0.34)) * size, size * random.uniform(0.9, 1.1), dark)
+        canvas.polygon([*corners, (size, size), (0, size)], fill=_shaded(HILL_COLOURS[land.hills], tone * dark))
+    draw_house(canvas, *view.house, _shaded(COLOURS[land.house], max(dark, 0.75)), dark)
+    for tree in view.trees:
+        trunk, *crown = _tree(*tree)
+        canvas.polygon(trunk, fill=_shaded((101, 67, 33), dark))
+        for corners in crown:
+            canvas.polygon(corners, fill=_shaded((21, 94, 60), dark))
     return picture.resize((SIZE_PX, SIZE_PX), Image.Resampling.BOX)
 
 
-def _draw_light(canvas: ImageDraw.ImageDraw, time: str, random: Random, horizon: float) -> None:
-    """The sun, low at sunset; at night the moon and stars."""
-    size = SIZE_PX * FINER
-    x = random.choice((0.2, 0.8)) * size + random.uniform(-0.05, 0.05) * size
-    y = (horizon - 0.06 if time == "at sunset" else random.uniform(0.15, 0.22)) * size
-    if time == "at night":
-        for _ in range(14):
-            a, b, r = random.uniform(0, size), random.uniform(0, horizon * size * 0.9), random.uniform(1.5, 3.5)
-            canvas.ellipse((a - r, b - r, a + r, b + r), fill=(240, 240, 220))
-    r = 0.09 * size
-    canvas.ellipse((x - r, y - r, x + r, y + r), fill=LIGHTS[time])
-
-
-def draw_house(canvas: ImageDraw.ImageDraw, x: float, base: float, size: int, colour: Colour, dark: float) -> None:
+def draw_house(canvas: ImageDraw.ImageDraw, x: float, base: float, size: float, colour: Colour, dark: float) -> None:
     """Its middle and foot in pixels of a canvas of ``size``; ``dark`` shades the roof and the door."""
     wide, high = 0.1 * size, 0.15 * size
-    canvas.rectangle((x - wide, base - high, x + wide, base), fill=colour)
-    roof = [(x - wide * 1.2, base - high), (x, base - high * 1.75), (x + wide * 1.2, base - high)]
+    walls, roof = _house(x, base, size)
+    canvas.polygon(walls, fill=colour)
     canvas.polygon(roof, fill=_shaded((88, 60, 50), dark))
     canvas.rectangle((x - wide * 0.65, base - high * 0.62, x - wide * 0.1, base), fill=_shaded((80, 55, 40), dark))
     window = (255, 236, 150) if dark < 1 else (200, 230, 245)
     canvas.rectangle((x + wide * 0.15, base - high * 0.72, x + wide * 0.72, base - high * 0.32), fill=window)
 
 
-def _draw_tree(canvas: ImageDraw.ImageDraw, x: float, base: float, size: float, dark: float) -> None:
+def _house(x: float, base: float, size: float) -> list[list[tuple[float, float]]]:
+    """The corners of its walls and of its roof."""
+    wide, high = 0.1 * size, 0.15 * size
+    return [
+        _box(x - wide, base - high, x + wide, base),
+        [(x - wide * 1.2, base - high), (x, base - high * 1.75), (x + wide * 1.2, base - high)],
+    ]
+
+
+def _tree(x: float, base: float, size: float) -> list[list[tuple[float, float]]]:
+    """The corners of its trunk and of three triangles."""
     wide, high = 0.012 * size, 0.09 * size
-    canvas.rectangle((x - wide, base - high, x + wide, base), fill=_shaded((101, 67, 33), dark))
+    parts = [_box(x - wide, base - high, x + wide, base)]
     for level in range(3):
         reach, foot = (0.075 - 0.017 * level) * size, base - high * (0.6 + 0.6 * level)
-        canvas.polygon([(x - reach, foot), (x, foot - high * 1.05), (x + reach, foot)], fill=_shaded((21, 94, 60), dark))
+        parts.append([(x - reach, foot), (x, foot - high * 1.05), (x + reach, foot)])
+    return parts
+
+
+def _box(left: float, top: float, right: float, bottom: float) -> list[tuple[float, float]]:
+    return [(left, top), (right, top), (right, bottom), (left, bottom)]
 
 
 def _shaded(colour: Colour, by: float) -> Colour:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 
 import safetensors.torch
 import torch
@@ -196,12 +197,16 @@ def read_text_tower(work: Work) -> CLIPTextModel:
 
 
 @torch.no_grad()
-def embed(text: CLIPTextModel, tokenizer: CLIPTokenizer, captions: list[str], settings: ScratchSettings) -> Tensor:
-    """What the U-Net reads of captions, (B, 32, width) in bf16."""
+def embed(
+    text: CLIPTextModel, tokenizer: CLIPTokenizer, captions: list[str], settings: ScratchSettings,
+    report: Callable[[int], None] = lambda done: None,
+) -> Tensor:  # fmt: skip
+    """What the U-Net reads of captions, (B, 32, width) in bf16; ``report`` is told how many are done."""
     device = text.device
     parts = []
     for start in range(0, len(captions), 256):
         ids = tokens_of(tokenizer, captions[start : start + 256]).to(device)
         with precision_of(settings.machine, device):
             parts.append(text(ids).last_hidden_state.bfloat16())
+        report(start + len(ids))
     return torch.cat(parts)

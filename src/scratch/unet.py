@@ -8,8 +8,9 @@ Predicting v (Salimans and Ho 2022, arXiv 2202.00512) and predicting e is the sa
 must be exact in: where nearly all is noise, v is the picture, e a copy of the input with a small difference that matters. There
 v halves the error in the same time (docs/bench/learning-*.md).
 
-A second task is learnt beside it: from the state of the middle block a linear layer tells which shape lies in which cell of the
-picture. Pixels hardly differ between a star and a heart of the same colour and place; this loss does. The layer is not kept.
+A second task is learnt beside it: from the state of the middle block a linear layer tells which shape, house or tree lies in
+which cell of the picture. Pixels hardly differ between a star and a heart of the same colour and place; this loss does. The
+layer is not kept.
 
 The VAE and the text tower are frozen: latents and embeddings are computed once.
 """
@@ -24,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -42,8 +42,7 @@ from src.errors import UserError, refused
 from src.evaluation.checking import check
 from src.evaluation.skills import Judged, Scores, choose
 from src.images import contact_sheet, encode_png
-from src.scenes.drawing import shapes_map
-from src.scenes.grammar import SHAPES
+from src.scenes.drawing import TOLD, shapes_map
 from src.scratch import clip, phase_report, vae
 from src.scratch.card import BEGAN_FROM, LAYERS, SAMPLES, SKILL, check_begin, files_of
 from src.scratch.learning import Lesson, device_of, learn, precision_of
@@ -75,7 +74,7 @@ class Material:
     latents: Tensor  # (N, 12, 16, 16)
     embeddings: Tensor  # (captions + 1, length, width) bf16; the last is that of the empty caption
     caption_of: Tensor  # (N,)
-    shapes: Tensor  # (N, 16, 16) uint8, which shape lies where: `src.scenes.drawing.shapes_map`
+    shapes: Tensor  # (N, 16, 16) uint8, what lies where: `src.scenes.drawing.shapes_map`
 
 
 class Pupil(nn.Module):
@@ -84,7 +83,7 @@ class Pupil(nn.Module):
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
         self.unet, self.finer = unet, 2 ** (len(unet.config.block_out_channels) - 1)  # cells to a state's side
-        self.telling = nn.Conv2d(unet.config.block_out_channels[-1], (1 + len(SHAPES)) * self.finer**2, 1)
+        self.telling = nn.Conv2d(unet.config.block_out_channels[-1], (1 + len(TOLD)) * self.finer**2, 1)
         self._seen: Tensor | None = None
         unet.mid_block.register_forward_hook(self._see)
 
@@ -280,9 +279,18 @@ def gather(work: Work, settings: ScratchSettings, split: str, autoencoder: torch
     distinct = sorted(set(pictures.captions))
     number = {caption: index for index, caption in enumerate(distinct)}
     text = clip.read_text_tower(work).to(device_of(settings.machine))
-    embeddings = clip.embed(text, read_tokenizer(work), [*distinct, ""], settings)
+    terminal.start_progress(len(distinct) + 1)
+    embeddings = clip.embed(
+        text, read_tokenizer(work), [*distinct, ""], settings, lambda done: terminal.progress(done, "unet    reading captions")
+    )
+    terminal.end_progress()
+    terminal.start_progress(len(pictures.scenes))
+    shapes = torch.empty((len(pictures.scenes), latents.shape[-1], latents.shape[-1]), dtype=torch.uint8)
+    for index, scene in enumerate(pictures.scenes):
+        shapes[index] = torch.from_numpy(shapes_map(scene, latents.shape[-1]))
+        terminal.progress(index + 1, "unet    telling shapes")
+    terminal.end_progress()
     caption_of = torch.tensor([number[caption] for caption in pictures.captions])
-    shapes = torch.from_numpy(np.stack([shapes_map(scene, latents.shape[-1]) for scene in pictures.scenes]))
     return Material(latents.float() * autoencoder.config.scaling_factor, embeddings, caption_of, shapes)
 
 
