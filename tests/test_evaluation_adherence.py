@@ -14,6 +14,7 @@ from src.errors import ExitCode, UserError
 from src.evaluation import adherence, adherence_report, proof, skills
 from src.evaluation.mistakes import CHANGES
 from src.generator import TextToImageGenerator
+from src.model_files import EMBEDDED
 from src.scenes import drawing
 
 
@@ -93,7 +94,10 @@ def test_it_goes_on_with_what_is_there_and_refuses_what_is_another_runs(tmp_path
         path.write_bytes(data)
         with Image.open(path) as then:
             assert max(abs(a - b) for a, b in zip(pixels, then.tobytes())) <= 24  # bf16, in other batches
-    with pytest.raises(UserError, match="drawn otherwise") as error:
+    same = ["--model", str(EMBEDDED), "--batch-size", "1"]
+    adherence.run(fast(*same, output=tmp_path), said.append)
+    assert "kept    4" in said[-2], "what does not change pictures need not be the same"
+    with pytest.raises(UserError, match=r"drawn otherwise \(guidance\)") as error:
         adherence.run(fast("--guidance", "3", output=tmp_path), said.append)
     assert error.value.exit_code == ExitCode.REFUSED
 
@@ -151,7 +155,7 @@ def test_the_proof_prints_its_table_and_fails_out_of_bounds(tmp_path: Path, caps
     adherence.run(options("--prove", "--count", "30", output=tmp_path), print)
     assert json.loads((tmp_path / "proof.json").read_text())["holds"] is True
     assert "wrong pairs" in capsys.readouterr().out
-    page = html.unescape((tmp_path / "report.html").read_text())
+    page = html.unescape((tmp_path / "proof.html").read_text())
     assert all(text in page for text in ("as rendered", *(what for what in CHANGES), "held to be: "))
     assert page.count("<img") == len(proof.WEARS) + len(CHANGES)
     monkeypatch.setattr(proof, "MIN_RIGHT", 1.1)
@@ -167,6 +171,9 @@ def test_a_proof_holds_only_of_enough_pictures_and_of_each_change() -> None:
     assert not proof.is_refused(share(11, 1000), right, worn)
     assert not proof.is_refused(share(3, 1000), right, share(2, 100))
     assert proof.prove(1, 0, lambda line: None)["holds"] is False
+    assert proof.is_accepted({proof.AS_RENDERED: 0.996, proof.WORN: 0.96})
+    assert not proof.is_accepted({proof.AS_RENDERED: 0.996, proof.WORN: 0.94})
+    assert not proof.is_accepted({proof.AS_RENDERED: 0.99, proof.WORN: 0.99})
 
 
 def test_the_verb_keeps_small_pictures_only(tmp_path: Path, monkeypatch) -> None:

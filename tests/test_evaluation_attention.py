@@ -51,6 +51,13 @@ def test_it_writes_sheet_maps_figures_and_report(run) -> None:
         assert sheet.width > sheet.height
 
 
+def test_parts_show_each_step(base, tmp_path) -> None:
+    arguments = ["a red circle", "--model", str(base), "--steps", "4", "--seed", "3", "--words", "red", "--parts", "4"]
+    run = Run(attention, tmp_path / "out", arguments)
+    assert run.page.count("<img") == 2 * 5, "the picture and the word, in all steps and in each"
+    assert all(f"step {number}<" in run.page for number in range(1, 5))
+
+
 def test_one_step_has_no_thirds_and_a_lora_may_be_in_it(base, tmp_path) -> None:
     arguments = ["a red circle", "--model", str(base), "--steps", "1", "--words", "red circle"]
     run = Run(attention, tmp_path / "out", [*arguments, "--lora", str(adapter(tmp_path / "a.safetensors"))])
@@ -76,6 +83,7 @@ def test_sdxl_a_long_prompt_and_a_sampler_that_asks_twice(tmp_path) -> None:
         (["the of a"], "no word to show"),
         (["a red circle", "--torch-compile"], "--torch-compile"),
         (["a red circle", "--deep-cache", "2"], "--deep-cache"),
+        (["a red circle", "--parts", "0"], "--parts 0 is outside 1 to 50"),
     ],
 )
 def test_mistakes_are_refused_before_drawing(base, tmp_path, arguments: list[str], message: str) -> None:

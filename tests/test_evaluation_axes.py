@@ -64,6 +64,12 @@ def test_a_value_is_put_over_what_was_typed() -> None:
     assert typed["lora"] == ["base.safetensors:0.7"]
 
 
+def test_texts_are_no_ranges() -> None:
+    assert parse_axis("--x", "prompt=1984-1999").values == ("1984-1999",)
+    assert parse_axis("--x", "lora=1-3").values == ("1-3",)
+    assert parse_axis("--x", "steps=2-4").values == ("2", "3", "4")
+
+
 def test_labels() -> None:
     assert parse_axis("--x", "steps=10").label(0) == "steps 10"
     assert parse_axis("--x", "lora_scale=0.5").label(0) == "lora scale 0.5"

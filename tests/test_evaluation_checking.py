@@ -47,7 +47,7 @@ def test_wrong_pairs_are_refused() -> None:
 
 
 def test_each_change_is_found_by_its_check() -> None:
-    """The check that is named, and in single changes no other, says what is wrong."""
+    """The check that is named says what is wrong, whatever else does."""
     expected = {"colour": {"colours", "binding"}, "shape": {"shapes", "binding"}, "count": {"count"}, "position": {"position"}}
     expected |= {"background": {"background"}, "relation": {"relation"}, "size": {"size"}, "binding": {"binding"}}
     expected |= {"house": {"colours"}, "trees": {"count"}, "hills": {"background"}, "time": {"background"}}
@@ -56,6 +56,7 @@ def test_each_change_is_found_by_its_check() -> None:
         if wrong.what in expected:
             verdict = check(drawing.draw(wrong.shown), wrong.scene)
             wanted = expected[wrong.what] - {name for name in CHECKS if getattr(verdict, name) is None}
+            assert wanted, wrong
             hits[wrong.what].append(all(getattr(verdict, name) is False for name in wanted))
             assert bool(verdict.faults) == any(getattr(verdict, name) is False for name in CHECKS)
     assert {name: sum(found) / len(found) for name, found in hits.items() if sum(found) < 0.8 * len(found)} == {}
@@ -125,6 +126,33 @@ def test_an_outline_must_be_there_in_its_colour_and_only_where_it_is_asked_for()
         assert not check(drawing.draw(plain), outlined).outline
         assert not check(drawing.draw(outlined), plain).all
         assert not check(drawing.draw(one(radius=radius, outline="green")), outlined).all
+
+
+def test_an_outline_that_nobody_asked_for_is_found_on_any_of_several_things() -> None:
+    things = [Thing("circle", "red", x, y, 20, 0) for x, y in ((34, 34), (94, 36), (36, 92))]
+    group = Scene("group", "", tuple(things), WHITE)
+    assert check(drawing.draw(group), group).outline is True
+    for index in range(3):
+        shown = replace(group, things=tuple(replace(t, outline="black") if t is things[index] else t for t in things))
+        assert check(drawing.draw(shown), group).outline is False
+
+
+@pytest.mark.parametrize(
+    ("background", "colour", "y"),
+    [
+        (Background("gradient", ("blue", "white")), "blue", 100.0),
+        (Background("gradient", ("blue", "white")), "white", 28.0),
+        (Background("striped", ("red", "white"), 0.3), "red", 92.0),
+        (Background("striped", ("red", "white"), 0.3), "white", 92.0),
+        (Background("dotted", ("black", "white"), 0.6), "white", 92.0),
+    ],
+)
+def test_one_thing_more_in_a_colour_of_the_background_is_counted(background: Background, colour: str, y: float) -> None:
+    scene = Scene("one", "", (Thing("circle", "green", 36, 64, 22, 0),), background)
+    assert check(drawing.draw(scene), scene).all
+    more = replace(scene, things=(*scene.things, Thing("square", colour, 94, y, 18, 0)))
+    verdict = check(drawing.draw(more), scene)
+    assert (verdict.background, verdict.count) == (True, False)
 
 
 def test_small_things_are_right_with_outlines_and_on_patterns() -> None:

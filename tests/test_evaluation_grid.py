@@ -79,6 +79,21 @@ def test_weights_of_adapters_over_checkpoints(base, tmp_path) -> None:
     ]  # fmt: skip
 
 
+def test_the_title_names_an_adapter_whose_weight_varies(base, tmp_path) -> None:
+    arguments = [
+        "--prompt",
+        "a",
+        "--model",
+        str(base),
+        "--steps",
+        "1",
+        "--lora",
+        f"{adapter(tmp_path / 'fox.safetensors')}:0.7",
+    ]
+    run = Run(grid, tmp_path / "out", [*arguments, "--x", "lora_scale=0.5"])
+    assert " · fox · " in run.result["title"]
+
+
 def test_one_axis_is_a_row_and_a_cell_that_fails_is_left_empty(base, tmp_path) -> None:
     run = Run(grid, tmp_path / "out", ["--prompt", "a", "--model", str(base), "--steps", "1", "--x", "clip_skip=9,1"])
     assert run.code == ExitCode.PARTLY_FAILED

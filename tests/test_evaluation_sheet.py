@@ -75,10 +75,12 @@ def test_small_pictures_are_enlarged_and_gaps_are_grey() -> None:
 
 
 def test_sheets_are_bounded_and_small_copies_keep_no_texts() -> None:
-    for columns, rows in ((1, 1), (3, 3), (32, 32), (60, 4)):
+    for columns, rows in ((1, 1), (3, 3), (32, 32), (60, 4), (2, 100)):
         limit = cell_limit_px(columns, rows)
         assert limit * max(columns, rows) <= MAX_SHEET_PX
-        assert 96 <= limit <= 512
+        assert 80 <= limit <= 512
+        size = draw_sheet([[Image.new("RGB", (limit, limit))] * columns] * rows, ["x"] * columns, ["y"] * rows).size
+        assert max(size) <= 1.1 * MAX_SHEET_PX, "with gaps and labels"
     picture = Image.new("RGB", (900, 300))
     picture.info["parameters"] = "x"
     assert shrunk(picture, 100).size == (100, 33)

@@ -130,3 +130,9 @@ def test_mistakes_are_found_before_anything_is_drawn(place, tmp_path, monkeypatc
     with pytest.raises(UserError, match="--photos is missing"):
         Run(subject, tmp_path / "out", ["--lora", "a"])
     assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_trigger_that_no_prompt_has_is_refused_before_drawing(place, tmp_path) -> None:
+    with pytest.raises(UserError, match="'sks dgo': no prompt has it"):
+        Run(subject, tmp_path / "out", arguments(place, "--clip", str(place / "clip"), "--trigger", "sks dgo"))
+    assert not list(tmp_path.rglob("*.png"))

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from src.errors import ExitCode
-from src.scratch import learning, phase_report, phases, unet, vae
+from src.errors import ExitCode, UserError
+from src.scratch import latent_space, learning, phase_report, phases, unet, vae
 from src.scratch.__main__ import main
 from src.scratch.card import page_of
 from src.scratch.phases import Work, settings_of
@@ -17,6 +17,7 @@ from src.scratch.pictures import read_pictures
 from src.scratch.settings import ADDED, ScratchSettings, UnetSettings
 from src.terminal import Terminal
 from tests.test_scratch import arguments, copied, made  # noqa: F401
+from tests.tiny.evaluation import model as tiny_model
 
 
 def test_all_does_not_draw_other_scenes_under_what_was_learnt(copied: Path, capsys) -> None:  # noqa: F811
@@ -96,3 +97,9 @@ def test_a_part_of_the_grammar_is_drawn_and_examined(copied: Path, tmp_path: Pat
     figures, _ = unet.examine(None, None, work, settings, torch.device("cpu"), Terminal())
     assert {"adherence, single object", "adherence, unseen combinations"} <= figures.keys()
     assert not {"adherence, two objects", "adherence, backgrounds", "adherence, landscapes"} & figures.keys()
+
+
+def test_prompts_of_sdxl_are_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "xl", "sdxl")
+    with pytest.raises(UserError, match=r"SD 1\.x and 2\.x"):
+        latent_space.between_prompts(folder, ["a", "b"], 2, 0, Terminal())

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from src.config import AppConfig, GenerationConfig
 from src.errors import ExitCode, UserError, not_found, refused, usage_error
+from src.evaluation.results import REPORT, RESULT, versions
 from src.evaluation.skills import SPLITS, Judged, Scores, choose
 from src.files import check_writable_folder, publish_bytes
 from src.request import MAX_SEED, PictureRequest, user_path
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from src.generator import TextToImageGenerator
 
 SUMMARY = "how well pictures follow their prompts, skill by skill, on prompts that training never saw"
-RESULT, REPORT, PICTURES = "result.json", "report.html", "pictures"
+PICTURES, PROOF, PROOF_REPORT = "pictures", "proof.json", "proof.html"
+ANY_WAY = ("batch_size", "model")  # pictures are the same at any; weights are compared, not what they are called
+_HEAD = {"verb": "adherence", "version": VERSION}
 Draw = Callable[[list[str], list[int]], "list[Image.Image]"]  # prompts and seeds -> pictures
 Say = Callable[[str], None]
 
@@ -163,7 +166,9 @@ class _Drawn:
         """Say what is kept of an earlier run; refuse another run's pictures. Then the folder is this run's."""
         if (self.folder / RESULT).is_file():
             before = _read_result(self.folder)
-            changed = [name for name in self.facts if _plain(before.get(name)) != _plain(self.facts[name])]
+            changed = [name for name in self.facts if name != "settings" and before.get(name) != _plain(self.facts[name])]
+            settings, others = _plain(self.facts["settings"]), before.get("settings", {})
+            changed += [name for name in settings if name not in ANY_WAY and settings[name] != others.get(name)]
             if [item["scene"] for item in before["pictures"]] != [_plain(scene.as_dict()) for scene in self.scenes]:
                 changed.append("scenes")
             if changed:
@@ -181,7 +186,7 @@ class _Drawn:
             | ({} if verdicts is None else {"verdict": verdicts[i]})
             for i, scene in enumerate(self.scenes)
         ]
-        document = {"verb": "adherence", "version": VERSION, **self.facts, **figures, "pictures": pictures}
+        document = {**_HEAD, "versions": versions(), **self.facts, **figures, "pictures": pictures}
         return publish_bytes(self.folder / RESULT, (json.dumps(document, indent=1) + "\n").encode())
 
 
@@ -278,7 +283,7 @@ def _finish(drawn: _Drawn, folder: Path, say: Say) -> int:
     if folder.resolve() == drawn.folder.resolve():
         drawn.write(scores.as_dict(), [asdict(item.verdict) | {"all": item.verdict.all} for item in scores.judged])
     else:
-        document = {"verb": "adherence", "version": VERSION, "of": str(drawn.folder), **drawn.facts, **scores.as_dict()}
+        document = {**_HEAD, "versions": versions(), "of": drawn.folder.name, **drawn.facts, **scores.as_dict()}
         verdicts = [asdict(item.verdict) | {"all": item.verdict.all, "seed": item.seed} for item in scores.judged]
         publish_bytes(folder / RESULT, (json.dumps(document | {"verdicts": verdicts}, indent=1) + "\n").encode())
     publish_bytes(folder / REPORT, adherence_report.page(scores, pictures, drawn.facts))
@@ -301,10 +306,10 @@ def _prove(folder: Path, settings: AdherenceSettings, idle: list[str], has_count
         raise usage_error(f"--count {settings.count}: too few to prove anything; take {proof.MIN_COUNT} or more")
     result = proof.prove(settings.count if has_count else proof.COUNT, settings.seed, print)
     check_writable_folder(folder)
-    path = publish_bytes(folder / "proof.json", (json.dumps({"version": VERSION, **result}, indent=1) + "\n").encode())
-    publish_bytes(folder / REPORT, adherence_report.proof_page(result, *proof.examples(settings.seed)))
+    path = publish_bytes(folder / PROOF, (json.dumps({"version": VERSION, **result}, indent=1) + "\n").encode())
+    publish_bytes(folder / PROOF_REPORT, adherence_report.proof_page(result, *proof.examples(settings.seed)))
     say(f"proof   {path}")
-    say(f"report  {folder / REPORT}")
+    say(f"report  {folder / PROOF_REPORT}")
     if not result["holds"]:
         raise UserError(f"{path}: the checker is not within its bounds; look at its failures there")
     return ExitCode.OK

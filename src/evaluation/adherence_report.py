@@ -25,8 +25,9 @@ _ON_CHECKS = """\
 All pictures, unseen combinations too, check by check: what passes, whatever else is wrong with the picture. Of a landscape, \
 background means time, sky and hills, count the trees, colours the house."""
 _ON_PROOF = """\
-It holds where at least 99.5 % of rendered truth is right, at most 1 % of the wrong pictures are accepted, as drawn and worn, \
-and at most 3 % of those that differ in any one thing. A wrong picture is drawn from its own scene and held to be of another."""
+It holds where at least 99.5 % of rendered truth is right, and 95 % in each wear, where at most 1 % of the wrong pictures are \
+accepted, as drawn and worn, and at most 3 % of those that differ in any one thing. A wrong picture is drawn from its own \
+scene and held to be of another."""
 _ON_PICTURES = """\
 The checker works by colours and shapes alone; a picture that looks right to you and is listed as wrong is worth reporting."""
 

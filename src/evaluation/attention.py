@@ -25,6 +25,7 @@ MAX_WORDS = 12  # where none are asked for
 MAX_CURVES = 6  # that colours still tell apart
 _REPORT_PX = 256
 _PARTS = ("early", "middle", "late")
+MAX_PARTS = 50
 
 _ABOUT = """\
 At every step each cross-attention of the U-Net shares its attention out over the tokens, for each place of the picture. A \
@@ -35,6 +36,12 @@ Early steps lay out the picture, late ones its details. The pictures of the firs
 
 FLAGS = (
     Flag(("--words",), "words or phrases of the prompt, separated by commas (default: all but the smallest)", metavar="W,W"),
+    Flag(
+        ("--parts",),
+        "rows below that of all steps; as many as steps shows each (default: 3)",
+        kind=int,
+        metavar="N",
+    ),
     Flag(("--seed",), f"of the picture (default: {drawing.FIRST_SEED})", "generation.seed", int, "N"),
 )
 
@@ -59,6 +66,9 @@ def run(options: argparse.Namespace, say: drawing.Say) -> int:
     """Draw one picture, recording, and write the sheet, the maps and the report. Returns the exit code."""
     folder, typed = drawing.read_typed(options, say)
     wanted = [part.strip() for part in typed.pop("words", "").split(",") if part.strip()]
+    parts = typed.pop("parts", len(_PARTS))
+    if not 1 <= parts <= MAX_PARTS:
+        raise usage_error(f"--parts {parts} is outside 1 to {MAX_PARTS}")
     order = drawing.OrderDesk(say).order(typed)
     if order.config.optimization.enable_torch_compile:
         raise usage_error("attention maps and --torch-compile do not go together; leave --torch-compile out")
@@ -80,11 +90,11 @@ def run(options: argparse.Namespace, say: drawing.Say) -> int:
         if len(words) > MAX_WORDS and not wanted:
             say(f"words   {len(words)} are too many for a sheet: the first {MAX_WORDS} are shown; choose with --words")
             words = words[:MAX_WORDS]
-        previews = _Previews(artist.generator)
+        previews = _Previews(artist.generator, parts)
         with attention_maps.recorded(pipeline) as recording:
             picture = artist.draw(order, previews.note)
         path = artist.save(picture, "attention")
-    rows = _rows(recording, words, picture, previews.pictures)
+    rows = _rows(recording, words, picture, previews)
     facts = drawing.facts_of(picture) | {"file": str(path.relative_to(folder))}
     for written in _write(folder, words, rows, recording, facts):
         print(written)
@@ -104,35 +114,40 @@ def _settled(order: drawing.Order) -> tuple[drawing.Order, str]:
 
 
 class _Previews:
-    """What the picture is expected to be, after each third of the steps but the last."""
+    """What the picture is expected to be, after each part of the steps but the last."""
 
-    def __init__(self, generator: TextToImageGenerator) -> None:
+    def __init__(self, generator: TextToImageGenerator, parts: int) -> None:
         self.pictures: list[Image.Image | None] = []
-        self._generator = generator
+        self.parts, self._generator = parts, generator
 
     def note(self, step: Step) -> None:
-        if len(self.pictures) < len(_PARTS) - 1 and step.fraction >= (len(self.pictures) + 1) / len(_PARTS) - 1e-6:
+        if len(self.pictures) < self.parts - 1 and step.fraction >= (len(self.pictures) + 1) / self.parts - 1e-6:
             self.pictures.append(next(iter(self._generator.preview(step.latents())), None))
 
 
-def _rows(
-    recording: Recording, words: Sequence[Word], picture: Image.Image, previews: Sequence[Image.Image | None]
-) -> list[Row]:
-    """All steps, then their thirds, as far as there are steps enough."""
+def _rows(recording: Recording, words: Sequence[Word], picture: Image.Image, previews: _Previews) -> list[Row]:
+    """All steps, then their parts, as far as there are steps enough."""
     import torch
 
     from src.evaluation.attention_maps import word_maps
 
     count = len(recording.maps)
     rows = [Row("all steps" if count > 1 else "the step", range(count), picture)]
-    if count >= len(_PARTS):
-        edges = [round(count * part / len(_PARTS)) for part in range(len(_PARTS) + 1)]
-        expected = [*previews, None, None][: len(_PARTS) - 1]  # a preview that could not be decoded is none
-        for name, start, stop, seen in zip(_PARTS, edges, edges[1:], [*expected, picture]):
-            rows.append(Row(f"{name}, {start + 1} to {stop}", range(start, stop), seen))
+    parts = previews.parts
+    if count >= parts > 1:
+        edges = [round(count * part / parts) for part in range(parts + 1)]
+        expected = [*previews.pictures, *[None] * parts][: parts - 1]  # a preview that could not be decoded is none
+        for number, (start, stop, seen) in enumerate(zip(edges, edges[1:], [*expected, picture])):
+            name = f"{_PARTS[number]}, {start + 1} to {stop}" if parts == len(_PARTS) else _numbers(start, stop)
+            rows.append(Row(name, range(start, stop), seen))
     for row in rows:
         row.maps = word_maps(torch.stack([recording.maps[call] for call in row.calls]).mean(dim=0), words)
     return rows
+
+
+def _numbers(start: int, stop: int) -> str:
+    """ "step 4" or "steps 4 to 6" of calls 3 to 5."""
+    return f"step {stop}" if stop == start + 1 else f"steps {start + 1} to {stop}"
 
 
 def _write(folder: Path, words: Sequence[Word], rows: Sequence[Row], recording: Recording, facts: dict[str, Any]) -> list[Path]:
@@ -144,7 +159,7 @@ def _write(folder: Path, words: Sequence[Word], rows: Sequence[Row], recording: 
     from src.evaluation import results
     from src.evaluation.attention_maps import word_maps
     from src.evaluation.overlay import heat
-    from src.evaluation.sheet import draw_sheet
+    from src.evaluation.sheet import cell_limit_px, draw_sheet, shrunk
 
     picture = rows[0].picture
     all_maps = torch.stack([row.maps for row in rows]).numpy()  # (R, W, h, w)
@@ -155,7 +170,8 @@ def _write(folder: Path, words: Sequence[Word], rows: Sequence[Row], recording: 
     ]
     names, labels = ["picture", *(word.text for word in words)], [row.name for row in rows]
     title = "{prompt} · {model} · seed {seed} · {steps} steps · guidance {guidance_scale:g}".format(**facts)
-    sheet = draw_sheet(cells, names, labels, title)
+    limit_px = cell_limit_px(len(names), len(labels))
+    sheet = draw_sheet([[cell and shrunk(cell, limit_px) for cell in row] for row in cells], names, labels, title)
     by_call = torch.stack([word_maps(maps, words) for maps in recording.maps], dim=1)  # (W, calls, h, w)
     tensors = {word.text: maps.contiguous() for word, maps in zip(words, by_call)}
     files.check_writable_folder(folder)

@@ -22,6 +22,7 @@ _SPECIAL = {
     **{name: name for name in ("prompt", "model", "lora")},
 }
 _IDLE = {"num_images": "a cell holds one picture", "batch_size": "pictures are the same at any"}
+_TEXTS = {"prompt", "generation.negative_prompt", "model", "lora", "generation.scheduler"}  # "1984-1999" is no range
 _RANGE = re.compile(r"(\d+)-(\d+)")
 
 
@@ -72,7 +73,7 @@ def parse_axis(flag: str, text: str) -> Axis:
     values = [part.strip() for part in _split(name, rest)]
     if "" in values:
         raise usage_error(f"{flag} {text[:60]}: a value is empty; separate values by a single {'|' if '|' in rest else ','}")
-    if match := _RANGE.fullmatch(rest.strip()):
+    if (match := _RANGE.fullmatch(rest.strip())) and target not in _TEXTS:
         first, last = int(match[1]), int(match[2])
         if not 0 <= last - first < MAX_VALUES:
             raise usage_error(f"{flag} {text}: a range goes up, by at most {MAX_VALUES} numbers")
@@ -99,11 +100,11 @@ def check_axes(axes: list[Axis], typed: Mapping[str, Any]) -> None:
             raise usage_error(f"{axis.name} is an axis and a flag; leave the flag out")
 
 
-def lora_label(text: str) -> str:
+def lora_label(text: str, has_weight: bool = True) -> str:
     """ "dog 0.8" of ``models/lora/dog.safetensors:0.8``; the weight only where it is not 1."""
     choice = LoraChoice.parse(text)
     name = choice.path.stem if choice.path.suffix == ".safetensors" else choice.path.name
-    return name if choice.weight == 1 else f"{name} {choice.weight:g}"
+    return name if choice.weight == 1 or not has_weight else f"{name} {choice.weight:g}"
 
 
 def _target(flag: str, name: str) -> str:

@@ -104,7 +104,7 @@ def check(picture: Image.Image, scene: Scene) -> Verdict:
         _position(own, scene, faults) if scene.position else None,
         _relation(things, scene, faults) if scene.relation not in (None, "and") else None,
         _size(own, first, faults) if first.size else None,
-        _outline(own, scene, segments.labels, faults) if scene.kind == "one" and first.shape != "ring" else None,
+        _outline(own, things, scene, segments.labels, faults),
         tuple(faults),
     )
 
@@ -195,26 +195,35 @@ def _size(found: _Found | None, thing: Thing, faults: list[str]) -> bool:
     return is_right
 
 
-def _outline(found: _Found | None, scene: Scene, labels: np.ndarray, faults: list[str]) -> bool:
-    """Whether the outline that is asked for goes all around, or there is none where none is asked for."""
-    asked, outline = scene.things[0].outline, None
-    if found is None:
-        return False
+def _outline(
+    own: _Found | None, things: list[_Found], scene: Scene, labels: np.ndarray, faults: list[str]
+) -> bool | None:  # fmt: skip
+    """Whether the outline that is asked for goes all around, or no thing has one where none is asked for."""
+    asked = scene.things[0].outline
     if asked is not None:
         # On a small star it is a pixel thin: half of what is seen in the drawing itself must be there.
         truth = segment(drawing.draw(scene), scene.background, {asked: scene.things[0].colour})
         least = max((_edge_share(thing.solid, truth.labels, asked) for thing in _things(truth)), default=0.0) / 2
-        is_there = _edge_share(found.solid, labels, asked) >= max(least, MIN_EDGE)
-        outline = asked if is_there else None
-    else:
-        filled = ndimage.binary_fill_holes(found.piece.mask)  # specks may be that outline
-        around = labels[ndimage.binary_dilation(filled) & ~filled]
-        counts = np.bincount(around + 1, minlength=len(NAMES) + 1)  # the background first
-        if counts[1:].max() >= MIN_AROUND * counts.sum():
-            outline = NAMES[int(counts[1:].argmax())]
-    if outline != asked:
-        faults.append(f"outline: {outline or 'none'} instead of {asked or 'none'}")
-    return outline == asked
+        if own is not None and _edge_share(own.solid, labels, asked) >= max(least, MIN_EDGE):
+            return True
+        faults.append(f"outline: none instead of {asked}")
+        return False
+    can_have = [found for found in things if found.shape != "ring"]
+    around = [_around(found, labels, {thing.colour for thing in scene.things} - {found.colour}) for found in can_have]
+    outlines = [colour for colour in around if colour]
+    if outlines:
+        faults.append(f"outline: {outlines[0]} instead of none")
+    return not outlines if can_have else None
+
+
+def _around(found: _Found, labels: np.ndarray, others: set[str]) -> str | None:
+    """The colour that goes around a thing, if one does; ``others`` are those of the things that it may lie in."""
+    filled = ndimage.binary_fill_holes(found.piece.mask)  # specks may be that outline
+    around = labels[ndimage.binary_dilation(filled) & ~filled]
+    counts = np.bincount(around + 1, minlength=len(NAMES) + 1)  # the background first
+    enough = MIN_AROUND * counts.sum()
+    counts[[0, *(1 + NAMES.index(colour) for colour in others)]] = 0
+    return NAMES[int(counts.argmax()) - 1] if counts.max() >= enough else None
 
 
 def _edge_share(solid: np.ndarray, labels: np.ndarray, colour: str) -> float:

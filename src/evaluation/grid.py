@@ -147,8 +147,8 @@ def _constants(x: Axis, y: Axis | None, typed: dict[str, Any], cell: Cell) -> It
         yield request.prompt
     if "model" not in varied:
         yield str(typed.get("model", config.model.model_id))
-    if "lora" not in varied:
-        yield from map(lora_label, typed.get("lora", []))
+    for text in typed.get("lora", []):  # beside those of an axis, too; their weight where no axis varies it
+        yield lora_label(text, has_weight="lora_scale" not in varied)
     shown = {"seed": "seed {}", "num_inference_steps": "{} steps", "guidance_scale": "guidance {:g}", "scheduler": "{}"}
     for name, form in shown.items():
         if f"generation.{name}" not in varied:

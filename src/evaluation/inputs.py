@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import random
 import re
@@ -52,9 +51,12 @@ def generated_in(folder: Path, flag: str, say: Callable[[str], None]) -> list[Pa
     drawn = [path for path in pictures if path.parent not in real]
     with_recipe = set(filter(_has_recipe, drawn))
     if with_recipe:
-        with contextlib.suppress(UserError):  # whether captions can be read is asked where they are needed
+        try:
             captions, _ = read_captions(folder, [path for path in drawn if path not in with_recipe])
-            drawn = [path for path in drawn if path in with_recipe or captions[path]]
+        except UserError as error:
+            say(f"{flag} {folder}: only pictures with a recipe are taken, for {error}")
+            captions = {}
+        drawn = [path for path in drawn if path in with_recipe or captions.get(path)]
     if not drawn:
         raise not_found(f"{flag} {folder}: holds scenes to measure against alone; name the folder of the model's pictures")
     kept = set(drawn)

@@ -59,12 +59,29 @@ def _count(scene: Scene, random: Random) -> Scene | None:
         things.pop(random.randrange(len(things)))
         return replace(scene, things=tuple(things))
     like = random.choice(things)
-    radius = min(like.radius, 13)
+    return _with_one_more(scene, replace(like, radius=min(like.radius, 13)), random)
+
+
+def _with_one_more(scene: Scene, thing: Thing, random: Random) -> Scene | None:
+    """The thing somewhere where there is room for it, if there is."""
     for _ in range(200):
-        x, y = (random.uniform(MARGIN_PX + radius, SIZE_PX - MARGIN_PX - radius) for _ in range(2))
-        if all(np.hypot(x - t.x, y - t.y) >= radius + t.radius + GAP_PX for t in things):
-            return replace(scene, things=(*things, replace(like, x=x, y=y, radius=radius)))
+        x, y = (random.uniform(MARGIN_PX + thing.radius, SIZE_PX - MARGIN_PX - thing.radius) for _ in range(2))
+        if all(np.hypot(x - t.x, y - t.y) >= thing.radius + t.radius + GAP_PX for t in scene.things):
+            return replace(scene, things=(*scene.things, replace(thing, x=x, y=y)))
     return None
+
+
+def _in_backgrounds_colour(scene: Scene, random: Random) -> Scene | None:
+    """One more thing in a colour of the pattern it lies on: on a gradient in that of the far end, on dots in theirs."""
+    if scene.background is None or scene.background.kind == "plain":
+        return None
+    first, second = scene.background.colours
+    thing = Thing(random.choice(("circle", "square", "diamond", "heart")), second, 0.0, 0.0, random.uniform(14, 20), 0.0)
+    shown = _with_one_more(scene, thing, random)
+    if shown is None or scene.background.kind == "dotted":
+        return shown
+    is_first = shown.things[-1].y > SIZE_PX / 2 if scene.background.kind == "gradient" else random.random() < 0.5
+    return _with_thing(shown, len(scene.things), colour=first) if is_first else shown
 
 
 def _position(scene: Scene, random: Random) -> Scene | None:
@@ -133,10 +150,12 @@ def _size(scene: Scene, random: Random) -> Scene | None:
 
 def _outline(scene: Scene, random: Random) -> Scene | None:
     """Another colour around, or one where none should be, or none."""
-    if scene.kind != "one" or scene.things[0].shape == "ring":
+    index = random.randrange(len(scene.things)) if scene.things else 0
+    if not scene.things or scene.things[index].shape == "ring":
         return None
     others = [name for name in COLOURS if name not in _taken(scene)]
-    return _with_thing(scene, 0, outline=None if scene.things[0].outline and random.random() < 0.5 else random.choice(others))
+    has_none = scene.things[index].outline and random.random() < 0.5
+    return _with_thing(scene, index, outline=None if has_none else random.choice(others))
 
 
 def _of_land(name: str, among: tuple) -> Callable[[Scene, Random], Scene | None]:
@@ -256,5 +275,6 @@ CHANGES: Mapping[str, Callable[[Scene, Random], Scene | Spoil | None]] = {
     "hills": _of_land("hills", grammar.HILLS), "time": _of_land("time", grammar.TIMES), "second house": _second_house,
     "something in the sky": _in_the_sky, "something on the hills": _on_the_hills,
     "off-colour background": _off_colour, "within a ring": _within_a_ring,
+    "background's colour": _in_backgrounds_colour,
     "another scene": _any_other,
 }  # fmt: skip

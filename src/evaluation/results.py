@@ -22,14 +22,14 @@ def publish(folder: Path, verb: str, result: Mapping[str, Any], page: bytes) -> 
     ``result`` gets the verb and the versions added. Raises ValueError for a number that is not finite, UserError when the
     disk says no.
     """
-    document = {"verb": verb, "version": VERSION, "versions": _versions(), **result}
+    document = {"verb": verb, "version": VERSION, "versions": versions(), **result}
     text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False)
     check_writable_folder(folder)
     publish_bytes(folder / RESULT, (text + "\n").encode("utf-8", errors="replace"))
     return publish_bytes(folder / REPORT, page)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """Of Python and of the packages that decide figures, where they are installed."""
     found = {"Python": platform.python_version()}
     for name in _PACKAGES:

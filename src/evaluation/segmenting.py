@@ -35,6 +35,8 @@ MAX_SPECKS = 0.07  # of the picture: more are a pattern that should not be there
 STRAY_PX, MAX_STRAY = 30, 3  # area of a compact speck that touches no piece; so many may be there
 COMMON = 0.08  # share of the frame from which a colour belongs to a wrong background
 RAMP_STEPS = 17
+MAX_OFF_RAMP = 0.3  # a gradient's own colour, so much of the whole away from where it belongs, is no background there
+MIN_BLOT_PX = 3.0  # depth of a stripe's own colour where the other belongs: drawn stripes waver by a pixel or two
 NAMES = tuple(COLOURS)
 
 
@@ -69,7 +71,9 @@ def segment(picture: Image.Image, background: Background, outlines: Mapping[str,
     colours = lab(hard)
     labels = _labelled(colours, background.colours, background.kind == "gradient")
     is_right = _has_background(colours, labels, background)
-    if not is_right:
+    if is_right:
+        _label_blots(labels, colours, background)
+    else:
         labels = _labelled(colours, _frame_colours(colours), False)
     pieces = tuple(_pieces(labels, colours, outlines or {}))
     specks = (labels >= 0) & ~np.any([piece.mask for piece in pieces], axis=0)
@@ -168,12 +172,39 @@ def _has_background(colours: np.ndarray, labels: np.ndarray, background: Backgro
         return False
     if background.kind == "plain":
         return True
-    first, second = lab(np.array([COLOURS[name] for name in background.colours], dtype=np.float32))
-    axis = second - first
-    share = np.clip((colours - first) @ axis / (axis @ axis), 0, 1)  # (H, W): 0 the first colour, 1 the second
+    share = _share(colours, background)
     if background.kind == "gradient":
         return _ramp_error(share, is_open, background) <= MAX_RAMP_ERROR
-    return _pattern_share(share >= 0.5, is_open, background) >= MIN_PATTERN
+    return _pattern(share >= 0.5, is_open, background)[0] >= MIN_PATTERN
+
+
+def _share(colours: np.ndarray, background: Background) -> np.ndarray:
+    """How far each pixel is from the first of a background's two colours to the second, (H, W) in [0, 1]."""
+    first, second = lab(np.array([COLOURS[name] for name in background.colours], dtype=np.float32))
+    axis = second - first
+    return np.clip((colours - first) @ axis / (axis @ axis), 0, 1)
+
+
+def _label_blots(labels: np.ndarray, colours: np.ndarray, background: Background) -> None:
+    """Things in a colour of the background's own, where it does not belong, get that colour's label in ``labels``.
+
+    Not so a gap among dots, which looks like none.
+    """
+    if background.kind == "plain":
+        return
+    is_open, share = labels == -1, _share(colours, background)
+    if background.kind == "gradient":
+        is_blot = is_open & (abs(share - _ramp(background.colours)[:, None]) > MAX_OFF_RAMP)
+    else:
+        expected = _pattern(share >= 0.5, is_open, background)[1]
+        is_blot = is_open & (share >= 0.5) & ~expected
+        if background.kind == "striped":
+            is_blot |= is_open & (share < 0.5) & expected
+    parts, _ = ndimage.label(is_blot)
+    depths = ndimage.maximum(ndimage.distance_transform_edt(is_blot), parts, np.arange(parts.max() + 1))
+    is_blot &= (depths >= MIN_BLOT_PX)[parts]
+    first, second = (NAMES.index(name) for name in background.colours)
+    labels[is_blot] = np.where(share[is_blot] >= 0.5, second, first)
 
 
 def _ramp_error(share: np.ndarray, is_open: np.ndarray, background: Background) -> float:
@@ -192,21 +223,25 @@ def _ramp(colours: tuple[str, ...]) -> np.ndarray:
     return np.clip((line - start) @ axis / (axis @ axis), 0, 1)
 
 
-def _pattern_share(is_second: np.ndarray, is_open: np.ndarray, background: Background) -> float:
-    """Stripes or dots folded onto one period: the share of each colour's places that have it, of the worse one, best shift."""
+def _pattern(is_second: np.ndarray, is_open: np.ndarray, background: Background) -> tuple[float, np.ndarray]:
+    """Stripes or dots folded onto one period, at the shift that fits best.
+
+    The share of each colour's places that have it, of the worse one; and where the second colour belongs, (H, W).
+    """
     period = drawing.STRIPE_PX if background.kind == "striped" else drawing.DOT_PX
     shape = (SIZE_PX // period, period, SIZE_PX // period, period)
     count = is_open.reshape(shape).sum((0, 2))  # (period, period)
     second = (is_open & is_second).reshape(shape).sum((0, 2))
     tile = _tile(background.kind, period)
-    best = 0.0
+    best, belongs = -1.0, tile
     for y in range(period if background.kind == "dotted" else 1):
         for x in range(period):
             moved = np.roll(tile, (y, x), (0, 1))
             on, off = (moved * count).sum(), ((1 - moved) * count).sum()
             shares = (moved * second).sum() / max(on, 1), ((1 - moved) * (count - second)).sum() / max(off, 1)
-            best = max(best, float(min(shares)))
-    return best
+            if min(shares) > best:
+                best, belongs = float(min(shares)), moved
+    return best, np.tile(belongs > 0, (SIZE_PX // period,) * 2)
 
 
 @cache

@@ -10,7 +10,7 @@ import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
 MAX_SHEET_PX = 8192  # a side: larger ones no viewer likes, and memory must not grow with the number of pictures
-MAX_CELL_PX, MIN_CELL_PX = 512, 96
+MAX_CELL_PX, MIN_CELL_PX = 512, 80
 _ENLARGE_BELOW_PX = 192  # pictures of a small model are shown at twice their size, or no label would fit
 _MAX_LINES = {"title": 3, "column": 4, "row": 8}
 _PAPER, _INK, _SOFT, _EMPTY = "#ffffff", "#1d1f23", "#666b73", "#eceef0"
@@ -43,7 +43,8 @@ def draw_sheet(
     """
     if not rows or len(rows) != len(row_labels) or any(len(row) != len(columns) for row in rows):
         raise ValueError("a sheet takes a label for each row and column")
-    cells = [[None if picture is None else _enlarged(picture) for picture in row] for row in rows]
+    can_grow = 2 * _ENLARGE_BELOW_PX * max(len(columns), len(rows)) <= MAX_SHEET_PX
+    cells = [[_enlarged(picture) if picture is not None and can_grow else picture for picture in row] for row in rows]
     sizes = [picture.size for row in cells for picture in row if picture is not None] or [(_ENLARGE_BELOW_PX,) * 2]
     width, height = max(size[0] for size in sizes), max(size[1] for size in sizes)
     font = _font(max(13, min(28, width // 16)))

@@ -60,7 +60,7 @@ def _read(paths: Sequence[str], folder: Path) -> list[Tensor]:
 
 def read_vae(folder: Path) -> AutoencoderKL:
     """The VAE of a model's folder, in fp32."""
-    return AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval()
+    return AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32, use_safetensors=True).eval()
 
 
 @torch.no_grad()
@@ -77,19 +77,23 @@ def between_prompts(folder: Path, prompts: Sequence[str], count: int, seed: int,
     """A row of pictures from the same noise, whose embedding goes from one prompt to the other in equal steps."""
     from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    if read_shapes(folder).family == "SDXL":
+        raise usage_error(f"{folder}: interpolate walks between prompts of SD 1.x and 2.x; take such a model")
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     ends = [pipeline.encode_prompt(prompt, pipeline.device, 1, True) for prompt in prompts]
     shares, pictures = [i / (count - 1) for i in range(count)], []
     terminal.start_progress(count)
-    for number, share in enumerate(shares):
-        told = torch.lerp(ends[0][0], ends[1][0], share)
-        pictures += pipeline(
-            prompt_embeds=told, negative_prompt_embeds=ends[0][1], num_inference_steps=STEPS, guidance_scale=GUIDANCE,
-            generator=torch.Generator().manual_seed(seed),
-        ).images  # fmt: skip
-        terminal.progress(number + 1, "interpolate")
-    terminal.end_progress()
+    try:
+        for number, share in enumerate(shares):
+            told = torch.lerp(ends[0][0], ends[1][0], share)
+            pictures += pipeline(
+                prompt_embeds=told, negative_prompt_embeds=ends[0][1], num_inference_steps=STEPS, guidance_scale=GUIDANCE,
+                generator=torch.Generator().manual_seed(seed),
+            ).images  # fmt: skip
+            terminal.progress(number + 1, "interpolate")
+    finally:
+        terminal.end_progress()
     return contact_sheet(pictures, [f"{share:.0%}" for share in shares], columns=count)
 
 

@@ -155,9 +155,14 @@ def some_photos(photos: Sequence[Any]) -> Sequence[Any]:
     return [photos[index * count // MAX_PHOTOS] for index in range(MAX_PHOTOS)] if count > MAX_PHOTOS else photos
 
 
+def names_subject(prompt: str, trigger: str | None) -> bool:
+    """Whether a prompt holds the made-up word, as a word of its own."""
+    return bool(trigger and trigger.split() and re.search(_words(trigger), prompt, re.IGNORECASE))
+
+
 def shows_subject(prompts: Sequence[str], trigger: str | None) -> list[bool]:
     """Whether each prompt asks for the subject: it holds the trigger; where none does, all of them."""
-    named = [bool(trigger and trigger.split() and re.search(_words(trigger), prompt, re.IGNORECASE)) for prompt in prompts]
+    named = [names_subject(prompt, trigger) for prompt in prompts]
     return named if any(named) else [True] * len(prompts)
 
 
