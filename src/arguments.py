@@ -92,7 +92,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         switch("--model-cpu-offload", "one component on the card at a time", "optimization.enable_model_cpu_offload"),
         switch("--sequential-cpu-offload", "one layer on the card at a time: smallest, slowest", "optimization.enable_sequential_cpu_offload"),
         switch("--attention-slicing", "for cards without an efficient kernel; slower elsewhere", "optimization.enable_attention_slicing"),
-        switch("--vae-slicing", "encode one picture at a time; decoding is one at a time in any case", "optimization.enable_vae_slicing"),
+        switch("--vae-slicing", "without effect: pictures are encoded and decoded one at a time in any case", "optimization.enable_vae_slicing"),
         switch("--vae-tiling", "let the VAE work in tiles", "optimization.enable_vae_tiling"),
         switch("--xformers", "xformers' attention kernels", "optimization.enable_xformers"),
         switch("--torch-compile", "compile the U-Net; pays for many pictures", "optimization.enable_torch_compile"),

@@ -48,7 +48,7 @@ class OptimizationConfig:
     enable_model_cpu_offload: bool = False  # one component on the card at a time
     enable_sequential_cpu_offload: bool = False  # one layer on the card at a time: smallest and slowest
     enable_attention_slicing: bool = False  # only for cards without an efficient attention kernel; slower elsewhere
-    enable_vae_slicing: bool = False  # decode one picture at a time
+    enable_vae_slicing: bool = False  # without effect: pictures are encoded and decoded one at a time in any case
     enable_vae_tiling: bool = False  # decode in tiles: for large pictures
     enable_xformers: bool = False  # xformers attention, where it is installed
     enable_torch_compile: bool = False  # minutes to compile, pays for many pictures of one size

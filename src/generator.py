@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 
 from src import base_models, conditioning, denoising, files, images, model_shapes, model_source, optimizations, prompts
-from src.config import AppConfig, ModelConfig, check_types
+from src.config import AppConfig, ModelConfig, OptimizationConfig, check_types
 from src.drawn_recipe import describe_picture, picture_ref
 from src.errors import is_out_of_memory, usage_error
 from src.lora.shelf import LoraShelf, last_of_each
 from src.lora.stack import AdapterStack, LoraReport
 from src.memory_ladder import MemoryLadder, Result, announce
-from src.memory_plan import check_xformers
+from src.memory_plan import PLANNED, check_xformers
 from src.recipe import to_text_chunks
 from src.request import MAX_SEED, LoraChoice, PictureRequest
 from src.schedulers import build_scheduler, find_sampler
@@ -115,9 +115,9 @@ class TextToImageGenerator:
     def _model(self) -> base_models.LoadedModel | None:
         return None if self._memory is None else self._memory.model
 
-    def _wanted(self) -> tuple[ModelConfig, str | None]:
-        """What decides which weights are loaded."""
-        return replace(self.config.model), self.config.optimization.quantize
+    def _wanted(self) -> tuple[ModelConfig, OptimizationConfig]:
+        """What decides which weights are loaded, and how; the rest is planned for each request."""
+        return replace(self.config.model), replace(self.config.optimization, **PLANNED)
 
     def weights_sha256(self) -> str:
         """SHA-256 of the model's weights (the U-Net's file, or the single file)."""
@@ -127,7 +127,7 @@ class TextToImageGenerator:
 
     def _forget(self) -> None:
         self._memory: MemoryLadder | None = None  # holds the model
-        self._loaded_from: tuple[ModelConfig, str | None] | None = None
+        self._loaded_from: tuple[ModelConfig, OptimizationConfig] | None = None
         self._weights_sha256: str | None = None
         self._shelf: LoraShelf | None = None
         self._loras: tuple[LoraChoice, ...] = ()  # loaded to stay; the shelf knows what is in use right now
@@ -214,10 +214,9 @@ class TextToImageGenerator:
         request.check()
         if request.seed is None:
             request.seed = secrets.randbelow(MAX_SEED + 1)
-        model = self.model
-        if model.pipeline.unet.config.in_channels == 9 and request.mode != "inpaint":
-            raise usage_error(f"{model.name} is an inpainting model; give it a picture with --init-image and a --mask")
-        for line in denoising.idle_settings(model.pipeline, request):
+        if self.model.pipeline.unet.config.in_channels == 9 and request.mode != "inpaint":
+            raise usage_error(f"{self.model.name} is an inpainting model; give it a picture with --init-image and a --mask")
+        for line in denoising.idle_settings(self.model.pipeline, request):
             self.say(f"idle    {line}")
         start, (width_px, height_px) = self._read_start(request)
         request = replace(request, width=width_px, height=height_px)
@@ -300,7 +299,7 @@ class TextToImageGenerator:
         self._use(batch[0].loras, request)
         memory, attached = self._memory, self._shelf.attached
         memory.place(request)  # adapters take memory, too
-        memory.start_measuring()
+        memory.start_measuring(len(batch))
         started = time.monotonic()
         latents = memory.within(request, lambda: self._denoise(request, batch, start, report))
         seconds = (time.monotonic() - started) / len(batch)

@@ -28,7 +28,7 @@ def peak_key(device: str, model: str, shapes: ModelShapes, request: Request, mod
 
 
 _SWITCHES = (
-    "enable_attention_slicing", "enable_vae_slicing", "enable_xformers", "enable_torch_compile", "enable_channels_last",
+    "enable_attention_slicing", "enable_xformers", "enable_torch_compile", "enable_channels_last",
 )  # fmt: skip
 
 

@@ -19,9 +19,10 @@ from src.config import AppConfig, OptimizationConfig
 from src.errors import ExitCode, UserError, is_out_of_memory
 from src.estimate import Place, estimate
 from src.measured_peaks import MeasuredPeaks, peak_key
-from src.memory_prediction import CPU, Placement, Request, adapter_bytes, predict
+from src.memory_prediction import RAN_OUT, Placement, Request, adapter_bytes
 from src.model_shapes import ModelShapes
 from src.plan_report import describe
+from src.processes import from_environment
 from src.request import PictureRequest
 
 Result = TypeVar("Result")
@@ -73,6 +74,8 @@ def _main_memory_bytes(device: torch.device, before_bytes: int) -> int | None:
     if device.type == "mps":  # main memory is the card's
         return None
     free_bytes, own_bytes = devices.available_memory_bytes(), _process_bytes()
+    if free_bytes is not None:
+        free_bytes //= from_environment().local_count  # of as many processes each has its share
     return free_bytes and free_bytes + (own_bytes if device.type == "cpu" else max(0, own_bytes - before_bytes))
 
 
@@ -100,7 +103,7 @@ class MemoryLadder:
         self._quantize = config.optimization.quantize
         self._budget_bytes = optimizations.memory_budget(model.device, config.optimization)
         self._said, self._before_bytes = announced.placement, announced.process_bytes
-        self._ran_out = self._is_quantized = False
+        self._ran_out = self._is_quantized = self._must_tile = False
         self._left_card_for: PictureRequest | None = None
         self._applied: Placement | None = None
         self._peaks = MeasuredPeaks(config.paths.folder("cache"), say)
@@ -126,9 +129,12 @@ class MemoryLadder:
             # Outside of the except block: inside, the error's frames would keep the tensors that filled the memory.
             self._step_down(request)
 
-    def start_measuring(self) -> None:
-        """Begin to measure a batch; one that was never measured starts without what earlier work left."""
-        unknown = self.plan.placement.name not in self._peaks.of(self._key)
+    def start_measuring(self, count: int) -> None:
+        """Begin to measure a batch of so many; one that was never measured starts without what earlier work left.
+
+        Of a smaller batch than was planned for nothing is remembered: prompts of different length share none.
+        """
+        unknown = self.plan.placement.name not in self._peaks.of(self._key) and count == self._need.batch_size
         self._measured_plan = self.plan if unknown else None
         optimizations.reset_peak(self.model.device, clean=unknown or self._key != self._measured_key)
         self._measured_key = self._key
@@ -151,6 +157,7 @@ class MemoryLadder:
     def _options(self) -> OptimizationConfig:
         """The user's switches; once memory ran out, those for a placement say only where the ladder begins."""
         options = replace(self._config.optimization, quantize=self._quantize)
+        options = replace(options, enable_vae_tiling=options.enable_vae_tiling or self._must_tile)
         if not self._ran_out:
             return options
         offload = {"enable_model_cpu_offload": "balanced", "enable_sequential_cpu_offload": "minimal"}
@@ -203,8 +210,10 @@ class MemoryLadder:
         optimizations.free_memory()
         failed = self.plan
         if self._budget_bytes is not None:
-            # More than there was: the next run begins with a smaller plan, unless more is free by then.
-            self._peaks.remember(self._key, failed.placement.name, max(failed.peak_bytes, self._budget_bytes) + 1)
+            # More than there was: the next run begins with a smaller plan, unless more is free by then. What others had taken
+            # meanwhile leaves no mark: the plan goes by the larger of this and its prediction.
+            room_bytes = optimizations.room_bytes(self.model.device) or self._budget_bytes
+            self._peaks.remember(self._key, failed.placement.name + RAN_OUT, min(room_bytes, self._budget_bytes) + 1)
             self._budget_bytes = min(self._budget_bytes, failed.peak_bytes - 1, failed.estimate.peak_bytes - 1)
             self._ran_out = True
             plan = self._choose(request)
@@ -213,6 +222,11 @@ class MemoryLadder:
                 self.within(request, lambda: self._place(request))  # chosen anew each time: the smaller one may fail as well
                 optimizations.reset_peak(self.model.device)  # what failed is no measure of what comes
                 return
+        elif not failed.placement.vae_tiling:
+            self._must_tile = True
+            self._say(f"memory  ran out with plan {failed.placement.name}; trying it with VAE tiling")
+            self.within(request, lambda: self._place(request))
+            return
         if not self._move_to_cpu(request):
             size = f"{request.width or self.model.native_size_px}x{request.height or self.model.native_size_px}"
             wanted = f"{size}, batch size {request.batch_size}, plan {failed.placement.name}"
@@ -227,10 +241,9 @@ class MemoryLadder:
         shares_memory = self.model.device.type == "mps"  # in fp32 the CPU would need twice what has just run out
         if self._budget_bytes is None or is_there or shares_memory or self._quantize:
             return False
-        free_bytes = devices.available_memory_bytes()
-        if free_bytes is not None and self.plan.placement.offload is not None:
-            free_bytes += optimizations.memory_in_use_bytes(torch.device("cpu"))  # the weights are in it already
-        if free_bytes is not None and predict(self._shapes, replace(self._need, precision="fp32"), CPU).peak_bytes > free_bytes:
+        free_bytes = _main_memory_bytes(self.model.device, self._before_bytes)  # an offload's weights are in it already
+        need, options = replace(self._need, precision="fp32", quantize=None), self._options
+        if not memory_plan.choose(self._shapes, need, None, options, memory_bytes=free_bytes).fits:
             return False
         self._say(f"memory  ran out with plan {self.plan.placement.name}; going on with the CPU in fp32, which is slow")
         self._left_card_for = request

@@ -12,12 +12,19 @@ from dataclasses import dataclass, field, replace
 from src import devices
 from src.config import MEMORY_MODES, QUANTIZATIONS, OptimizationConfig
 from src.errors import UserError, usage_error
-from src.memory_prediction import CPU, GIB, PLANS, Estimate, Placement, Request, offloaded_bytes, predict
+from src.memory_prediction import CPU, CPU_TILED, GIB, PLANS, RAN_OUT, Estimate, Placement, Request, offloaded_bytes, predict
 from src.model_shapes import ModelShapes
 
 # Windows' driver does not run out: near the limit it moves memory to the machine's own, and a picture takes minutes. ComfyUI,
 # with more Windows users than anybody, keeps this much free there.
 WINDOWS_RESERVE_BYTES = 600 << 20
+# Decided anew for each request; all other switches when a model is loaded.
+PLANNED = {
+    "memory": "auto",
+    "enable_vae_tiling": False,
+    "enable_model_cpu_offload": False,
+    "enable_sequential_cpu_offload": False,
+}
 MODES = {"fast": None, "balanced": "model", "low": "group", "minimal": "sequential"}  # the offload that a mode begins with
 
 
@@ -45,8 +52,11 @@ class Plan:
     def rows(self) -> list[tuple[Placement, int, bool]]:
         """Every placement that was open, from fast to small, with its peak in bytes and whether that fits."""
         rows = (*self.rejected, (self.placement, self.peak_bytes), *self.smaller)
-        budget = self.budget_bytes
-        return [(placement, peak, self.fits if budget is None else peak <= budget) for placement, peak in rows]
+        budget, too_large = self.budget_bytes, [placement for placement, _ in self.rejected]
+        return [
+            (placement, peak, self.fits and placement not in too_large if budget is None else peak <= budget)
+            for placement, peak in rows
+        ]
 
 
 def budget_of(options: OptimizationConfig) -> int | None:
@@ -125,10 +135,10 @@ def choose(
     """Choose the fastest plan that fits ``budget_bytes`` (None: there is no card) and keeps to the switches that are set.
 
     When none fits, the smallest is returned with ``fits=False``; under ``memory="fast"`` the smallest that is all on the
-    card. ``memory_bytes`` is the main memory that is free, where that is known: without a card there is one plan, which is
-    compared with it, and with one an offload that keeps more weights there is noted. ``measured`` are peaks in bytes of
-    earlier runs of this very request, by placement: they stand for predictions. Raises UserError (usage) as
-    ``check_switches`` does, and for quantised weights without a card.
+    card. ``memory_bytes`` is the main memory that is free, where that is known: without a card plans are compared with it, and
+    with one an offload that keeps more weights there is noted. ``measured`` are peaks in bytes of earlier runs of this very
+    request, by placement: they stand for predictions; by placement and RAN_OUT what was too little. Raises UserError (usage)
+    as ``check_switches`` does, and for quantised weights without a card.
     """
     check_switches(forced)
     if forced.quantize and budget_bytes is None:
@@ -137,10 +147,13 @@ def choose(
     if forced.disable_safety_checker:
         request = replace(request, safety_checker=False)
     estimates = [(placement, predict(shapes, request, placement)) for placement in candidates]
+    if budget_bytes is None:  # tiles make a difference for pictures that are larger than one
+        estimates = [item for item in estimates if item is estimates[0] or item[1].peak_bytes < estimates[0][1].peak_bytes]
     peaks = tuple((placement, _peak(placement, estimate, measured)) for placement, estimate in estimates)
     limit_bytes = memory_bytes if budget_bytes is None else budget_bytes
     fitting = [i for i, (_, peak) in enumerate(peaks) if limit_bytes is None or peak <= limit_bytes]
-    chosen = fitting[0] if fitting else len(peaks) - 1
+    least = len(peaks) - 1 if budget_bytes is not None else min(range(len(peaks)), key=lambda i: peaks[i][1])
+    chosen = fitting[0] if fitting else least
     if forced.memory == "fast" and budget_bytes is not None and candidates[chosen].offload is not None:
         chosen = max(i for i, placement in enumerate(candidates) if placement.offload is None)
     placement, estimate = estimates[chosen]
@@ -157,6 +170,9 @@ def choose(
 def _way_out(shapes: ModelShapes, request: Request, budget_bytes: int, forced: OptimizationConfig) -> str:
     """The first of the switches that are set without which something fits; a smaller picture or model, if there is none."""
     free = {"memory": "auto", "enable_model_cpu_offload": False, "enable_sequential_cpu_offload": False}
+    least_gb = -(-10 * min(predict(shapes, request, one).peak_bytes for one in _candidates(True, forced, request)) // GIB) / 10
+    if forced.max_vram_gb is not None and budget_bytes >= 0.99 * forced.max_vram_gb * GIB:  # not what is free: that is less
+        return f"--max-vram {least_gb:g}"
     changes = {
         f"--memory {forced.memory}": free if MODES.get(forced.memory) else None,
         "--model-cpu-offload": free if forced.enable_model_cpu_offload else None,
@@ -179,6 +195,8 @@ def _way_out(shapes: ModelShapes, request: Request, budget_bytes: int, forced: O
 
 
 def _notes(plan: Plan, forced: OptimizationConfig, memory_bytes: int | None, request: Request) -> Iterator[str]:
+    if forced.enable_vae_slicing:
+        yield "--vae-slicing has no effect: pictures are encoded and decoded one at a time in any case"
     if plan.budget_bytes is not None:
         if not plan.fits and forced.memory == "fast":
             yield "all on the card is predicted not to fit; should memory run out, a smaller plan is taken"
@@ -207,13 +225,14 @@ def _notes_of_offload(plan: Plan, shapes: ModelShapes, request: Request, memory_
 def _peak(placement: Placement, estimate: Estimate, measured: Mapping[str, int]) -> int:
     """A measurement covers denoising and decoding; that the prompt is encoded, before, is still predicted."""
     known = measured.get(placement.name)
-    return estimate.peak_bytes if known is None else max(known, estimate.encode.total_bytes)
+    peak_bytes = estimate.peak_bytes if known is None else max(known, estimate.encode.total_bytes)
+    return max(peak_bytes, measured.get(placement.name + RAN_OUT, 0))
 
 
 def _candidates(has_card: bool, forced: OptimizationConfig, request: Request) -> list[Placement]:
     """The placements that keep to the switches, from fast to small. A mode is where they begin, a switch is the only one."""
     if not has_card:
-        return [replace(CPU, vae_tiling=forced.enable_vae_tiling)]
+        return [CPU_TILED] if forced.enable_vae_tiling else [CPU, CPU_TILED]
     offload, first = _wanted_offload(forced), MODES.get(forced.memory)
     order = [None, "model", "group", "sequential"]
     return [

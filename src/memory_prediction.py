@@ -99,10 +99,11 @@ class Placement:
 
     @property
     def on_card(self) -> bool:
-        return self.name != "cpu"
+        return not self.name.startswith("cpu")
 
 
-CPU = Placement("cpu")
+RAN_OUT = ", ran out"  # behind a placement's name, in what is remembered: so much was too little for it
+CPU, CPU_TILED = Placement("cpu"), Placement("cpu+vae-tiling", vae_tiling=True)
 PLANS = (  # from fast to small; CPU is never chosen for a card
     Placement("gpu"),
     Placement("gpu+vae-tiling", vae_tiling=True),

@@ -193,7 +193,6 @@ def _release(pipeline: DiffusionPipeline) -> None:
 def _set_modes(pipeline: DiffusionPipeline, placement: Placement, options: OptimizationConfig) -> None:
     """VAE modes, memory layout and attention; torch's own attention kernels unless a switch asks for another."""
     vae = pipeline.vae
-    (vae.enable_slicing if options.enable_vae_slicing else vae.disable_slicing)()  # decoding is one by one in any case
     set_vae_tiling(vae, placement.vae_tiling)
     if options.enable_channels_last:
         pipeline.unet.to(memory_format=torch.channels_last)

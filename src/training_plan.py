@@ -11,14 +11,14 @@ from typing import Any
 
 from src.estimate import find_model, find_place
 from src.measured_peaks import MeasuredPeaks
-from src.memory_prediction import ALLOCATOR_LOSS, CONTEXT_BYTES, GIB, Phase
+from src.memory_prediction import ALLOCATOR_LOSS, CONTEXT_BYTES, GIB, RAN_OUT, Phase
 from src.model_shapes import ModelShapes
 from src.train_config import TrainRun
 from src.training_memory import TrainingNeed, adapter_numbers, predict
 from src.unet_weights import QUANTIZED_BYTES
 
 RESOLUTION_STEP_PX = 64
-RAN_OUT, MARGIN = ", ran out", 1.05  # so much more than what was too little is taken to be needed
+MARGIN = 1.05  # so much more than what was too little is taken to be needed
 
 
 @dataclass(frozen=True)

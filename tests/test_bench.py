@@ -310,3 +310,9 @@ def test_designs_are_timed_with_their_counted_work(tmp_path, monkeypatch) -> Non
     assert 3 < wide["M parameters"] / narrow["M parameters"] < 5
     assert narrow["samples an hour"] == pytest.approx(3_600_000 / narrow["ms a sample"], rel=0.01)
     assert narrow["TFLOP/s"] == pytest.approx(3 * narrow["GFLOP forward"] / narrow["ms a sample"], rel=0.01)
+
+
+def test_commands_on_record_name_no_paths() -> None:
+    assert list(map(bench._shown, ["speed", "--full", "--openvino=/home/bob/python", "/home/bob/x.py"])) == [
+        "speed", "--full", "--openvino=PATH", "PATH",
+    ]  # fmt: skip

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from src.config import AppConfig
 from src.errors import UserError
 from src.generator import TextToImageGenerator
+from src.lora import shelf
 from src.lora.shelf import last_of_each
 from src.request import LoraChoice
 from tests.tiny import pipelines
@@ -132,3 +133,13 @@ def test_an_adapter_that_does_not_fit_changes_nothing(generator, tmp_path) -> No
 def test_what_is_no_path_is_one_line(generator, path: object) -> None:
     with pytest.raises(UserError):
         generator.load_lora_weights(path)
+
+
+def test_large_adapters_do_not_stay_after_use(generator, tmp_path, monkeypatch) -> None:
+    paths = [adapter(tmp_path / f"{seed}.safetensors", seed) for seed in range(1, 5)]
+    monkeypatch.setattr(shelf, "KEPT_BYTES", 2 * paths[0].stat().st_size)
+    for path in paths:
+        generator.set_loras([LoraChoice(path)])
+    assert [key[0].name for key in generator._shelf._read] == ["2.safetensors", "3.safetensors", "4.safetensors"]
+    generator.set_loras([])
+    assert [key[0].name for key in generator._shelf._read] == ["3.safetensors", "4.safetensors"]

@@ -1,6 +1,7 @@
 """What a plan advises and notes, when it is said, what a request leaves out, and predictions beside the peaks on record."""
 
 import json
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -11,11 +12,13 @@ from src import base_models, cpu_layers, devices, memory_ladder, optimizations
 from src.config import PROJECT_FOLDER, AppConfig, OptimizationConfig
 from src.errors import UserError
 from src.generator import TextToImageGenerator
+from src.measured_peaks import FILE_NAME
 from src.memory_plan import GIB, choose
 from src.memory_prediction import CPU, Request, predict
 from src.model_files import EMBEDDED
 from src.model_shapes import bundled_shapes, read_shapes
 from src.plan_report import describe
+from src.processes import Processes
 from src.request import PictureRequest
 from tests.tiny import pipelines
 
@@ -35,6 +38,8 @@ SD15, SDXL = Request(512, 512), Request(1024, 1024)
             "--attention-slicing would",
         ),
         ({}, SDXL, 1, "a smaller picture or model would"),
+        ({"max_vram_gb": 1.0}, SDXL, 1, "--max-vram 1.9 would"),
+        ({"max_vram_gb": 8.0}, SDXL, 1, "a smaller picture or model would"),
     ],
 )
 def test_what_would_fit_is_named(switches, request_, gib, said):
@@ -96,6 +101,8 @@ def test_beside_a_card_only_what_the_model_took_is_its_own(monkeypatch):
     assert memory_ladder._main_memory_bytes(torch.device("cuda:0"), 1 * GIB) == 6 * GIB
     assert memory_ladder._main_memory_bytes(torch.device("cpu"), 1 * GIB) == 7 * GIB
     assert memory_ladder._main_memory_bytes(torch.device("mps"), 1 * GIB) is None
+    monkeypatch.setattr(memory_ladder, "from_environment", lambda: Processes(0, 2, 0, 2))
+    assert memory_ladder._main_memory_bytes(torch.device("cpu"), 1 * GIB) == 5 * GIB, "two share what is free"
 
 
 @pytest.mark.parametrize(
@@ -143,6 +150,47 @@ def test_a_plan_that_comes_back_is_said_again(tmp_path, monkeypatch):
         generator.generate("a cat", width=size_px, height=size_px, num_inference_steps=1, seed=1)
     first, second, third = (line.partition(",")[0] for line in said if line.startswith("plan"))
     assert first == third == "plan    GPU" != second
+
+
+@pytest.fixture
+def card(tmp_path, monkeypatch):
+    """A generator on a card of 100 GiB, for which the CPU stands."""
+    monkeypatch.setattr(cpu_layers, "CAN_PACK", False)
+    monkeypatch.setattr(optimizations, "memory_budget", lambda *_: 100 * GIB)
+    config = AppConfig()
+    config.model.model_id, config.model.device = str(pipelines.save(pipelines.sd1(), tmp_path / "sd1")), "cpu"
+    config.paths.cache, config.generation.num_inference_steps = str(tmp_path / "cache"), 1
+    return TextToImageGenerator(config)
+
+
+def test_of_a_batch_smaller_than_planned_nothing_is_remembered(card, tmp_path, monkeypatch):
+    """A prompt of two windows shares no batch with one of one."""
+    monkeypatch.setattr(optimizations, "peak_bytes", lambda _: 3 * GIB)
+    long = "a red circle left of a blue square and " * 12
+    list(card.draw(PictureRequest(prompt="-", seed=1, num_images=2, batch_size=2, num_inference_steps=1), texts=["a", long]))
+    assert not (tmp_path / "cache" / FILE_NAME).exists()
+    card.generate("a", seed=1, num_images=2, batch_size=2)
+    assert (tmp_path / "cache" / FILE_NAME).exists()
+
+
+def test_the_model_that_left_the_card_is_freed_before_it_is_loaded_again(card, monkeypatch):
+    card.load_model()
+    old, load = weakref.ref(card.model.pipeline.unet), base_models.load
+    card._memory._left_card_for = PictureRequest(prompt="x", width=512, height=512)
+    monkeypatch.setattr(base_models, "load", lambda *given: pytest.fail("still there") if old() else load(*given))
+    card.generate("a cat", seed=1, width=64, height=64)
+    assert old() is None
+
+
+def test_a_switch_that_is_changed_loads_the_model_anew_and_one_that_is_planned_does_not(card):
+    card.generate("a", seed=1)
+    first = card.model
+    card.config.optimization.memory = "low"
+    card.generate("a", seed=1)
+    assert card.model is first
+    card.config.optimization.enable_attention_slicing = True
+    card.generate("a", seed=1)
+    assert card.model is not first
 
 
 RECORDS = sorted((PROJECT_FOLDER / "docs" / "bench").glob("memory*.json"))

@@ -292,9 +292,9 @@ def test_a_batch_that_stepped_down_is_no_measurement(folder, tmp_path, monkeypat
     run = Run(folder, tmp_path)
     run.draw()
     (failed,) = run.ran_out
-    assert [list(item) for item in remembered(tmp_path)] == [[failed]]
+    assert [list(item) for item in remembered(tmp_path)] == [[f"{failed}, ran out"]]
     run.draw()
-    assert [set(item) for item in remembered(tmp_path)] == [{failed, run.recipe["memory_plan"]}]
+    assert [set(item) for item in remembered(tmp_path)] == [{f"{failed}, ran out", run.recipe["memory_plan"]}]
 
 
 def test_a_plan_that_ran_out_is_not_tried_again_with_the_same_memory(folder, tmp_path, monkeypatch, counter) -> None:
@@ -303,7 +303,7 @@ def test_a_plan_that_ran_out_is_not_tried_again_with_the_same_memory(folder, tmp
     run = Run(folder, tmp_path)
     run.draw()
     assert run.ran_out == ["gpu"]
-    assert remembered(tmp_path)[-1]["gpu"] > 100 * GIB
+    assert remembered(tmp_path)[-1] == {"gpu": 3 * GIB, "gpu, ran out": 100 * GIB + 1}
     again = Run(folder, tmp_path)
     again.draw()
     assert again.ran_out == []

@@ -12,7 +12,7 @@ import pytest
 from src.config import PROJECT_FOLDER, OptimizationConfig, load_config
 from src.errors import ExitCode, UserError
 from src.memory_plan import WINDOWS_RESERVE_BYTES, budget_of, card_budget, choose
-from src.memory_prediction import CONTEXT_BYTES, CPU, GIB, PLANS, Placement, Request, adapter_bytes, predict
+from src.memory_prediction import CONTEXT_BYTES, CPU, CPU_TILED, GIB, PLANS, Placement, Request, adapter_bytes, predict
 from src.model_shapes import bundled_shapes
 from src.plan_report import describe, table
 from src.request import PictureRequest
@@ -209,20 +209,25 @@ def test_pictures_are_decoded_one_at_a_time():
 
 
 def test_the_cpu_plan_is_compared_with_the_memory_that_is_free():
-    shapes = bundled_shapes("sd15")
-    need = predict(shapes, SD15, CPU).peak_bytes
-    fitting, short = (choose(shapes, SD15, None, OptimizationConfig(), memory_bytes=size) for size in (need, need - 1))
-    assert (fitting.fits, fitting.notes) == (True, ())
-    assert (short.fits, short.placement) == (False, CPU)
-    assert short.notes == (f"needs {need / GIB:.2f} of {need / GIB:.2f} GiB of free memory; may swap",)
-    assert table(short).splitlines()[1].split()[2] == "no"
+    shapes, large = bundled_shapes("sd15"), replace(SD15, width_px=1024, height_px=1024)
+    need, tiled = (predict(shapes, large, placement).peak_bytes for placement in (CPU, CPU_TILED))
+    fitting, less, short = (
+        choose(shapes, large, None, OptimizationConfig(), memory_bytes=size) for size in (need, need - 1, tiled - 1)
+    )
+    assert (fitting.fits, fitting.placement, fitting.notes) == (True, CPU, ())
+    assert (less.fits, less.placement, less.notes) == (True, CPU_TILED, ())
+    assert [line.split()[2] for line in table(less).splitlines()[1:3]] == ["no", "yes"]
+    assert (short.fits, short.placement) == (False, CPU_TILED)
+    assert short.notes == (f"needs {tiled / GIB:.2f} of {tiled / GIB:.2f} GiB of free memory; may swap",)
+    assert not any(fits for *_, fits in short.rows)
     assert "does not fit" not in describe(short)  # the note says it, and drawing goes on
+    assert len(choose(shapes, SD15, None, OptimizationConfig(), memory_bytes=1).rows) == 1, "one tile is no gain"
 
 
 def test_without_a_card_the_cpu_is_used():
     plan = choose(bundled_shapes("sd15"), SD15, None, OptimizationConfig(enable_vae_tiling=True))
-    assert (plan.placement, plan.fits, plan.rejected, plan.smaller) == (replace(CPU, vae_tiling=True), True, (), ())
-    assert describe(plan).startswith(f"CPU, predicted peak {plan.estimate.peak_bytes / GIB:.2f} GiB (weights ")
+    assert (plan.placement, plan.fits, plan.rejected, plan.smaller) == (CPU_TILED, True, (), ())
+    assert describe(plan).startswith(f"CPU + VAE tiling, predicted peak {plan.estimate.peak_bytes / GIB:.2f} GiB (weights ")
 
 
 @pytest.mark.parametrize(
@@ -383,3 +388,13 @@ def test_deep_cache_is_never_planned_with_group_offload():
     picture = PictureRequest("x", deep_cache=3, token_merging=0.25)
     need = Request.of(picture, 512, "fp16")
     assert (need.deep_cache, need.token_merging) == (3, 0.25)
+
+
+def test_what_was_too_little_counts_beside_a_prediction_that_is_larger():
+    """Another program held the card: the mark is below the prediction, and says nothing."""
+    shapes = bundled_shapes("sd15")
+    need = predict(shapes, SD15, PLANS[0]).peak_bytes
+    for mark, budget, chosen in ((need // 2, need, 0), (need + 100, need, 1), (need + 100, need + 100, 0)):
+        plan = choose(shapes, SD15, budget, OptimizationConfig(), measured={f"{PLANS[0].name}, ran out": mark})
+        assert plan.placement == PLANS[chosen], (mark, budget)
+        assert "predicted peak" in describe(plan)

@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--sdcpp", type=user_path)
     parser.add_argument("--output", type=user_path, default=PROJECT_FOLDER / "docs" / "bench")
     options, names = parser.parse_known_args(argv)
-    shown = ["PATH" if Path(word).is_absolute() else word for word in argv]  # whose machine it was is nobody's business
+    shown = [_shown(word) for word in argv]
     try:
         _check(names, options)
         for name in names or PARTS:
@@ -65,6 +65,12 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return ExitCode.OK
+
+
+def _shown(word: str) -> str:
+    """A word of the command without paths: whose machine it was is nobody's business."""
+    flag, equals, value = word.rpartition("=")
+    return f"{flag}{equals}PATH" if Path(value).is_absolute() else word
 
 
 def _check(names: Sequence[str], options: argparse.Namespace) -> None:

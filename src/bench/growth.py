@@ -47,18 +47,20 @@ def run(folder: Path, *, full: bool) -> Iterator[str | Row]:
 
 
 def _rows(what: str, drawings: dict[str, tuple[int, Drawing]], expected: float) -> Iterator[Row]:
-    """``expected`` is the largest power of time; memory's is 1, of all that the process holds."""
+    """``expected`` is the largest power of time; that of memory, as far as drawing takes it, is 1."""
     before = None
     for name, (amount, drawing) in drawings.items():
         found = measure(drawing)
+        drawing_bytes = max(1, found.peak_bytes - found.loaded_bytes)
         powers = ["", ""]
         if before is not None:
-            steps = zip((found.next_s, found.peak_bytes), before[1:])
+            steps = zip((found.next_s, drawing_bytes), before[1:])
             powers = [math.log(now / then) / math.log(amount / before[0]) for now, then in steps]
-        row = {what: name, "s": found.next_s, "power": powers[0], "peak GB": found.peak_bytes / 1e9, "its power": powers[1]}
+        row = {what: name, "s": found.next_s, "power": powers[0], "peak GB": found.peak_bytes / 1e9}
+        row |= {"of it for drawing": drawing_bytes / 1e9, "its power": powers[1]}
         is_fast = before is not None and (powers[0] > expected + NOISE or powers[1] > 1 + NOISE)
         yield row | {f"at most {expected:g} and 1": "TOO FAST" if is_fast else "yes" if before else ""}
-        before = amount, found.next_s, found.peak_bytes
+        before = amount, found.next_s, drawing_bytes
 
 
 def _prompts() -> Iterator[Row]:

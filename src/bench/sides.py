@@ -48,6 +48,7 @@ class Measured:
     peak_bytes: int
     predicted_bytes: int | None = None
     plan: str = ""
+    loaded_bytes: int = 0  # what the process held before the first picture
 
 
 def measure(drawing: Drawing, python: Path | None = None) -> Measured:
@@ -125,20 +126,22 @@ def load_ours(drawing: Drawing) -> Callable[[], Sequence[Any]]:
 
 def main(text: str) -> None:
     """One drawing in this process; the last line of the output is JSON."""
+    import psutil
+
     from src import quiet
 
     drawing = Drawing(**json.loads(text))
     quiet.silence_libraries()
     started = time.perf_counter()
     draw = (load_ours if drawing.kind == "ours" else load_stock)(drawing)
-    ends = [time.perf_counter()]
+    ends, loaded_bytes = [time.perf_counter()], psutil.Process().memory_info().rss
     for _ in range(drawing.pictures):
         pictures = draw()
         ends.append(time.perf_counter())
     facts = getattr(pictures[0], "info", {}).get("drawn")
     measured = Measured(
         ends[0] - started, ends[1] - ends[0], ends[-1] - ends[-2], (facts and facts.peak_bytes) or peak_memory_bytes(),
-        facts and facts.predicted_bytes, facts.memory_plan if facts else "",
+        facts and facts.predicted_bytes, facts.memory_plan if facts else "", loaded_bytes,
     )  # fmt: skip
     print(json.dumps(asdict(measured)))
 

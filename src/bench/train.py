@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from src import devices
 from src.bench import random_models
 from src.bench.report import Row
 from src.config import PROJECT_FOLDER
@@ -51,13 +52,17 @@ def run(folder: Path, *, full: bool, script: Path | None) -> Iterator[str | Row]
     """Time all settings and give the lines of the report. ``full``: a model of SD v1.5's shapes (2 GB are written)."""
     from src.model_files import EMBEDDED
 
-    yield f"reference: {script or 'the loop of train_text_to_image_lora.py'}; median of {ROUNDS} rounds in turn"
+    reference = script.name if script else "the loop of train_text_to_image_lora.py"
+    yield f"reference: {reference}; median of {ROUNDS} rounds in turn"
+    has_bf16 = devices.cpu_has_bf16()
+    if not has_bf16:
+        yield "no rows in bf16, which this CPU does not multiply"
     sizes = [("embedded", str(EMBEDDED), 128, 8, 10), ("embedded", str(EMBEDDED), 128, 1, 24)]
     if full:
         sizes = [("SD v1.5's shapes, random weights", str(random_models.write(folder / "model", "sd15", "bf16")), 512, 1, 5)]
     for title, model, size_px, batch_size, steps in sizes:
         data = write_pictures(folder / f"data-{size_px}", size_px)
-        for precision in ("no", "bf16"):
+        for precision in ("no", "bf16") if has_bf16 else ("no",):
             setting = Setting(model, size_px, batch_size, precision, steps)
             theirs, ours = _time_in_turn(setting, data, folder, script)
             times = {"that loop s": theirs, "ours s": ours, "times the steps": theirs / ours}

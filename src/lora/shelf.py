@@ -11,7 +11,7 @@ from src.lora.reading import Adapter, read_adapter
 from src.lora.stack import AdapterStack, LoraReport
 from src.request import LoraChoice
 
-KEPT_ADAPTERS = 4  # stay in memory after use, so that swapping back is instant
+KEPT_ADAPTERS, KEPT_BYTES = 4, 512 << 20  # stay in memory after use, so that swapping back is instant
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +46,20 @@ class LoraShelf:
         reports = self._stack.set(weighted, allow_partial=allow_partial)
         before = [(item.adapter, item.choice.weight) for item in self.attached]
         self.attached = tuple(Attached(*item) for item in zip(choices, adapters, reports))
-        for old in list(self._read)[: -KEPT_ADAPTERS - len(choices)]:
-            del self._read[old]
+        self._forget_old(len(choices))
         for item in self.attached:
             if (item.adapter, item.choice.weight) not in before:
                 self._say(f"lora    {item.report.line()}, weight {item.choice.weight:g}")
                 if item.report.unmatched:
                     self._say(f"lora    left out: {', '.join(item.report.unmatched)}")
+
+    def _forget_old(self, in_use: int) -> None:
+        """Keep a few of those that were in use before, the newest, as long as they are small."""
+        kept_bytes = 0
+        for age, old in enumerate(list(self._read)[: len(self._read) - in_use][::-1]):
+            kept_bytes += sum(size for _, _, size in old[1:])
+            if age >= KEPT_ADAPTERS or kept_bytes > KEPT_BYTES:
+                del self._read[old]
 
     def _read_once(self, path: Path) -> Adapter:
         found = [path, *sorted(path.rglob("*"))] if path.is_dir() else [path]
