@@ -92,7 +92,7 @@ class TextToImageGenerator:
         for line in [*([unused] if unused else []), *model_source.idle_settings(self.config.model)]:
             self.say(f"idle    {line}")
         memory = MemoryLadder(
-            model, shapes, self.config, lambda: self._shelf.files() if self._shelf else [], self.say, announced
+            model, shapes, lambda: self.config, lambda: self._shelf.files() if self._shelf else [], self.say, announced
         )
         memory.place(request)
         shelf = LoraShelf(AdapterStack(memory.model.pipeline, model.family), self.say)  # quantising has exchanged layers

@@ -1,7 +1,8 @@
 """Keeps a loaded model within its memory: places it by a plan, steps down when memory runs out, remembers what was measured.
 
 The ladder is that of ``memory_prediction.PLANS``, and after the smallest plan of a card the CPU, in fp32 and where the model
-fits into the free main memory. Each step is said; what failed is done again with the same seeds, so the picture is the same.
+fits into the free main memory; there the VAE's tiles are the last step. Each step is said; what failed is done again with the
+same seeds, so the picture is the same.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from src.config import AppConfig, OptimizationConfig
 from src.errors import ExitCode, UserError, is_out_of_memory
 from src.estimate import Place, estimate
 from src.measured_peaks import MeasuredPeaks, peak_key
-from src.memory_prediction import RAN_OUT, Placement, Request, adapter_bytes
+from src.memory_prediction import CONTEXT_BYTES, CPU_TILED, RAN_OUT, Placement, Request, adapter_bytes, predict
 from src.model_shapes import ModelShapes
 from src.plan_report import describe
 from src.processes import from_environment
@@ -91,22 +92,22 @@ class MemoryLadder:
         self,
         model: LoadedModel,
         shapes: ModelShapes,
-        config: AppConfig,
+        config: Callable[[], AppConfig],
         adapters: Callable[[], Iterable[Path]],
         say: Callable[[str], None],
         announced: Announced,
     ) -> None:
-        """``adapters`` gives the files of those that are attached."""
+        """``config`` is the generator's, as it is now; ``adapters`` gives the files of those that are attached."""
         self.model = model
         self.plan: memory_plan.Plan | None = None
         self._shapes, self._config, self._adapters, self._say = shapes, config, adapters, say
-        self._quantize = config.optimization.quantize
-        self._budget_bytes = optimizations.memory_budget(model.device, config.optimization)
+        self._quantize = config().optimization.quantize
+        self._budget_bytes = optimizations.memory_budget(model.device, config().optimization)
         self._said, self._before_bytes = announced.placement, announced.process_bytes
         self._ran_out = self._is_quantized = self._must_tile = False
         self._left_card_for: PictureRequest | None = None
         self._applied: Placement | None = None
-        self._peaks = MeasuredPeaks(config.paths.folder("cache"), say)
+        self._peaks = MeasuredPeaks(config().paths.folder("cache"), say)
         self._need: Request | None = None  # of the plan in use
         self._key = self._measured_key = ""
         self._measured_plan: memory_plan.Plan | None = None
@@ -156,7 +157,7 @@ class MemoryLadder:
     @property
     def _options(self) -> OptimizationConfig:
         """The user's switches; once memory ran out, those for a placement say only where the ladder begins."""
-        options = replace(self._config.optimization, quantize=self._quantize)
+        options = replace(self._config().optimization, quantize=self._quantize)
         options = replace(options, enable_vae_tiling=options.enable_vae_tiling or self._must_tile)
         if not self._ran_out:
             return options
@@ -182,7 +183,7 @@ class MemoryLadder:
             lora_bytes=lora_bytes, safety_checker=checker, quantize=options.quantize,
             attention_slicing=options.enable_attention_slicing, unet=self._shapes.unet,
         )  # fmt: skip
-        self._key = peak_key(model.device_name, model.name, self._shapes, self._need, request.mode, self._config)
+        self._key = peak_key(model.device_name, model.name, self._shapes, self._need, request.mode, self._config())
         return memory_plan.choose(
             self._shapes, self._need, self._budget_bytes, options,
             memory_bytes=_main_memory_bytes(model.device, self._before_bytes), measured=self._peaks.of(self._key),
@@ -213,7 +214,9 @@ class MemoryLadder:
             # More than there was: the next run begins with a smaller plan, unless more is free by then. What others had taken
             # meanwhile leaves no mark: the plan goes by the larger of this and its prediction.
             room_bytes = optimizations.room_bytes(self.model.device) or self._budget_bytes
-            self._peaks.remember(self._key, failed.placement.name + RAN_OUT, min(room_bytes, self._budget_bytes) + 1)
+            is_all = room_bytes >= self._budget_bytes - CONTEXT_BYTES  # kernels loaded meanwhile are no other program's
+            too_little = self._budget_bytes if is_all else room_bytes
+            self._peaks.remember(self._key, failed.placement.name + RAN_OUT, too_little + 1)
             self._budget_bytes = min(self._budget_bytes, failed.peak_bytes - 1, failed.estimate.peak_bytes - 1)
             self._ran_out = True
             plan = self._choose(request)
@@ -222,7 +225,7 @@ class MemoryLadder:
                 self.within(request, lambda: self._place(request))  # chosen anew each time: the smaller one may fail as well
                 optimizations.reset_peak(self.model.device)  # what failed is no measure of what comes
                 return
-        elif not failed.placement.vae_tiling:
+        elif predict(self._shapes, self._need, CPU_TILED).peak_bytes < failed.peak_bytes and not failed.placement.vae_tiling:
             self._must_tile = True
             self._say(f"memory  ran out with plan {failed.placement.name}; trying it with VAE tiling")
             self.within(request, lambda: self._place(request))

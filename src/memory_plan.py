@@ -21,6 +21,7 @@ WINDOWS_RESERVE_BYTES = 600 << 20
 # Decided anew for each request; all other switches when a model is loaded.
 PLANNED = {
     "memory": "auto",
+    "enable_vae_slicing": False,
     "enable_vae_tiling": False,
     "enable_model_cpu_offload": False,
     "enable_sequential_cpu_offload": False,
@@ -152,8 +153,7 @@ def choose(
     peaks = tuple((placement, _peak(placement, estimate, measured)) for placement, estimate in estimates)
     limit_bytes = memory_bytes if budget_bytes is None else budget_bytes
     fitting = [i for i, (_, peak) in enumerate(peaks) if limit_bytes is None or peak <= limit_bytes]
-    least = len(peaks) - 1 if budget_bytes is not None else min(range(len(peaks)), key=lambda i: peaks[i][1])
-    chosen = fitting[0] if fitting else least
+    chosen = fitting[0] if fitting else len(peaks) - 1
     if forced.memory == "fast" and budget_bytes is not None and candidates[chosen].offload is not None:
         chosen = max(i for i, placement in enumerate(candidates) if placement.offload is None)
     placement, estimate = estimates[chosen]
@@ -162,17 +162,18 @@ def choose(
         placement, estimate, fits, peaks[:chosen], peaks[chosen + 1 :], budget_bytes,
         quantize=request.quantize, measured=measured,
     )  # fmt: skip
-    way_out = "" if fits or budget_bytes is None else _way_out(shapes, request, budget_bytes, forced)
+    least_bytes = min(peak for _, peak in peaks)
+    way_out = "" if fits or budget_bytes is None else _way_out(shapes, request, budget_bytes, forced, least_bytes)
     notes = (*_notes(plan, forced, memory_bytes, request), *_notes_of_offload(plan, shapes, request, memory_bytes))
     return replace(plan, notes=notes, way_out=way_out)
 
 
-def _way_out(shapes: ModelShapes, request: Request, budget_bytes: int, forced: OptimizationConfig) -> str:
-    """The first of the switches that are set without which something fits; a smaller picture or model, if there is none."""
+def _way_out(
+    shapes: ModelShapes, request: Request, budget_bytes: int, forced: OptimizationConfig, least_bytes: int
+) -> str:  # fmt: skip
+    """The first of the switches that are set without which something fits; else a higher ``--max-vram``, if one was given,
+    by the least that is needed with the others as they are; else a smaller picture or model."""
     free = {"memory": "auto", "enable_model_cpu_offload": False, "enable_sequential_cpu_offload": False}
-    least_gb = -(-10 * min(predict(shapes, request, one).peak_bytes for one in _candidates(True, forced, request)) // GIB) / 10
-    if forced.max_vram_gb is not None and budget_bytes >= 0.99 * forced.max_vram_gb * GIB:  # not what is free: that is less
-        return f"--max-vram {least_gb:g}"
     changes = {
         f"--memory {forced.memory}": free if MODES.get(forced.memory) else None,
         "--model-cpu-offload": free if forced.enable_model_cpu_offload else None,
@@ -191,7 +192,9 @@ def _way_out(shapes: ModelShapes, request: Request, budget_bytes: int, forced: O
         peaks = [predict(shapes, asked, placement).peak_bytes for placement in _candidates(True, options, asked)]
         if any(peak <= budget_bytes for peak in peaks):
             return name if " in place of " in name else f"leaving out {name}"
-    return "a smaller picture or model"
+    least_gib = math.ceil(10 * least_bytes / GIB) / 10
+    is_held = forced.max_vram_gb is not None and budget_bytes >= 0.99 * forced.max_vram_gb * GIB  # else less than that is free
+    return f"--max-vram {least_gib:g}" if is_held and least_gib > forced.max_vram_gb else "a smaller picture or model"
 
 
 def _notes(plan: Plan, forced: OptimizationConfig, memory_bytes: int | None, request: Request) -> Iterator[str]:

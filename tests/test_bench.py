@@ -190,12 +190,14 @@ def test_on_a_card_each_row_of_the_budget_is_drawn_under_its_cap(tmp_path, monke
 
 
 def test_growth_is_told_as_a_power(tmp_path, monkeypatch) -> None:
-    found = {64: 1.0, 128: 4.0, 256: 64.0}
-    monkeypatch.setattr(growth, "measure", lambda drawing: sides.Measured(1, 1, found[drawing.size_px], 10**9))
+    found, held = {64: 1.0, 128: 4.0, 256: 64.0}, {64: 1000, 128: 1100, 256: 1700}
+    monkeypatch.setattr(
+        growth, "measure", lambda drawing: sides.Measured(1, 1, found[drawing.size_px], held[drawing.size_px], loaded_bytes=900)
+    )
     drawings = {str(size): (size**2, sides.Drawing("ours", "fp32", "x", size, 1)) for size in found}
     rows = list(growth._rows("size", drawings, expected=1))
     assert [row["power"] for row in rows] == ["", pytest.approx(1), pytest.approx(2)]
-    assert [row["its power"] for row in rows] == ["", 0, 0]
+    assert [row["its power"] for row in rows] == ["", 0.5, 1], "of what is beyond the model's 900 bytes"
     assert [row["at most 1 and 1"] for row in rows] == ["", "yes", "TOO FAST"]
 
 

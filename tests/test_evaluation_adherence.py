@@ -94,7 +94,7 @@ def test_it_goes_on_with_what_is_there_and_refuses_what_is_another_runs(tmp_path
         path.write_bytes(data)
         with Image.open(path) as then:
             assert max(abs(a - b) for a, b in zip(pixels, then.tobytes())) <= 24  # bf16, in other batches
-    same = ["--model", str(EMBEDDED), "--batch-size", "1"]
+    same = ["--model", str(EMBEDDED), "--batch-size", "1"]  # the same folder by its path
     adherence.run(fast(*same, output=tmp_path), said.append)
     assert "kept    4" in said[-2], "what does not change pictures need not be the same"
     with pytest.raises(UserError, match=r"drawn otherwise \(guidance\)") as error:

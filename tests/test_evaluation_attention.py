@@ -71,6 +71,7 @@ def test_sdxl_a_long_prompt_and_a_sampler_that_asks_twice(tmp_path) -> None:
     prompt = "a castle, " * 14 + "a (blue:1.4) square"
     run = Run(attention, tmp_path / "out", [prompt, "--model", str(base), "--steps", "3", "--sampler", "Heun"])
     assert run.result["calls"] == 5
+    assert attention._numbers("call", 0, 2) == "calls 1 to 2"
     words = {word["word"]: word for word in run.result["words"]}
     assert set(words) == {"castle", "blue", "square"}
     assert min(words["square"]["places"]) > 77, "in the second window"
@@ -84,6 +85,7 @@ def test_sdxl_a_long_prompt_and_a_sampler_that_asks_twice(tmp_path) -> None:
         (["a red circle", "--torch-compile"], "--torch-compile"),
         (["a red circle", "--deep-cache", "2"], "--deep-cache"),
         (["a red circle", "--parts", "0"], "--parts 0 is outside 1 to 50"),
+        (["a red circle", "--parts", "6", "--steps", "5"], "--parts 6 is more than --steps 5"),
     ],
 )
 def test_mistakes_are_refused_before_drawing(base, tmp_path, arguments: list[str], message: str) -> None:

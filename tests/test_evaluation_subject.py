@@ -133,6 +133,10 @@ def test_mistakes_are_found_before_anything_is_drawn(place, tmp_path, monkeypatc
 
 
 def test_a_trigger_that_no_prompt_has_is_refused_before_drawing(place, tmp_path) -> None:
+    judge = ["--clip", str(place / "clip"), "--trigger"]
     with pytest.raises(UserError, match="'sks dgo': no prompt has it"):
-        Run(subject, tmp_path / "out", arguments(place, "--clip", str(place / "clip"), "--trigger", "sks dgo"))
+        Run(subject, tmp_path / "out", arguments(place, *judge, "sks dgo"))
     assert not list(tmp_path.rglob("*.png"))
+    (tmp_path / "prompts.txt").write_text("a photo of a (sks:1.2) dog")
+    more = [*arguments(place, *judge, "sks dog"), "--prompts", str(tmp_path / "prompts.txt"), "--num", "1"]
+    assert Run(subject, tmp_path / "out", more).code == 0

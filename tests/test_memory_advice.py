@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from src import base_models, cpu_layers, devices, memory_ladder, optimizations
 from src.config import PROJECT_FOLDER, AppConfig, OptimizationConfig
@@ -40,6 +40,7 @@ SD15, SDXL = Request(512, 512), Request(1024, 1024)
         ({}, SDXL, 1, "a smaller picture or model would"),
         ({"max_vram_gb": 1.0}, SDXL, 1, "--max-vram 1.9 would"),
         ({"max_vram_gb": 8.0}, SDXL, 1, "a smaller picture or model would"),
+        ({"max_vram_gb": 3.5, "enable_model_cpu_offload": True}, SDXL, 3.5, "leaving out --model-cpu-offload would"),
     ],
 )
 def test_what_would_fit_is_named(switches, request_, gib, said):
@@ -152,6 +153,28 @@ def test_a_plan_that_comes_back_is_said_again(tmp_path, monkeypatch):
     assert first == third == "plan    GPU" != second
 
 
+def test_without_a_card_memory_that_runs_out_is_tried_with_tiles_where_they_need_less(tmp_path, monkeypatch):
+    decode, sizes = AutoencoderKL.decode, []
+
+    def once(vae, latents, *given, **named):
+        sizes.append((latents.shape[-1], vae.use_tiling))
+        if not vae.use_tiling:
+            raise MemoryError("not enough memory")
+        return decode(vae, latents, *given, **named)
+
+    monkeypatch.setattr(AutoencoderKL, "decode", once)
+    said, config = [], AppConfig()
+    config.model.model_id, config.model.device = str(pipelines.save(pipelines.sd1(), tmp_path / "sd1")), "cpu"
+    config.paths.cache, config.generation.num_inference_steps = str(tmp_path / "cache"), 1
+    generator = TextToImageGenerator(config, said.append)
+    with pytest.raises(UserError, match="out of memory"):
+        generator.generate("a cat", width=64, height=64, seed=1)
+    assert len(sizes) == 1, "a tile is no smaller"
+    (picture,) = generator.generate("a cat", width=1024, height=1024, seed=1)
+    assert picture.size == (1024, 1024)
+    assert "memory  ran out with plan cpu; trying it with VAE tiling" in said
+
+
 @pytest.fixture
 def card(tmp_path, monkeypatch):
     """A generator on a card of 100 GiB, for which the CPU stands."""
@@ -173,6 +196,24 @@ def test_of_a_batch_smaller_than_planned_nothing_is_remembered(card, tmp_path, m
     assert (tmp_path / "cache" / FILE_NAME).exists()
 
 
+@pytest.mark.parametrize(
+    ("room", "mark"), [(100 * GIB - (150 << 20), 100 * GIB + 1), (3 * GIB, 3 * GIB + 1)], ids=["kernels", "another program"]
+)
+def test_a_mark_is_what_there_was_for_this_process(card, tmp_path, monkeypatch, room, mark):
+    forward, calls = UNet2DConditionModel.forward, []
+
+    def once(*given, **named):
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return forward(*given, **named)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", once)
+    monkeypatch.setattr(optimizations, "room_bytes", lambda _: room)
+    card.generate("a", seed=1)
+    assert list(json.loads((tmp_path / "cache" / FILE_NAME).read_bytes()).values()) == [{"gpu, ran out": mark}]
+
+
 def test_the_model_that_left_the_card_is_freed_before_it_is_loaded_again(card, monkeypatch):
     card.load_model()
     old, load = weakref.ref(card.model.pipeline.unet), base_models.load
@@ -185,9 +226,9 @@ def test_the_model_that_left_the_card_is_freed_before_it_is_loaded_again(card, m
 def test_a_switch_that_is_changed_loads_the_model_anew_and_one_that_is_planned_does_not(card):
     card.generate("a", seed=1)
     first = card.model
-    card.config.optimization.memory = "low"
+    card.config = replace(card.config, optimization=replace(card.config.optimization, memory="low"))
     card.generate("a", seed=1)
-    assert card.model is first
+    assert (card.model, card._memory.plan.placement.name) == (first, "group-offload")
     card.config.optimization.enable_attention_slicing = True
     card.generate("a", seed=1)
     assert card.model is not first

@@ -75,7 +75,6 @@ def test_sequential_offload_draws_the_same_picture_bit_for_bit(generator, mode: 
     ("placement", "switches", "tolerance"),
     [
         (Placement("gpu"), {}, 0),
-        (Placement("gpu"), {"enable_vae_slicing": True}, 0),
         (Placement("gpu"), {"enable_attention_slicing": True}, 1),
         (Placement("gpu"), {"enable_channels_last": True}, 1),
         (Placement("gpu+vae-tiling", vae_tiling=True), {}, 0),  # below a tile's size nothing is tiled

@@ -14,6 +14,7 @@ from src.errors import ExitCode, UserError, not_found, refused, usage_error
 from src.evaluation.results import REPORT, RESULT, versions
 from src.evaluation.skills import SPLITS, Judged, Scores, choose
 from src.files import check_writable_folder, publish_bytes
+from src.recipe import public_name
 from src.request import MAX_SEED, PictureRequest, user_path
 from src.scenes.grammar import GRAMMARS, PARTS_SAY, Scene
 from src.version import VERSION
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "how well pictures follow their prompts, skill by skill, on prompts that training never saw"
 PICTURES, PROOF, PROOF_REPORT = "pictures", "proof.json", "proof.html"
-ANY_WAY = ("batch_size", "model")  # pictures are the same at any; weights are compared, not what they are called
+ANY_WAY = ("batch_size",)  # pictures are the same at any
 _HEAD = {"verb": "adherence", "version": VERSION}
 Draw = Callable[[list[str], list[int]], "list[Image.Image]"]  # prompts and seeds -> pictures
 Say = Callable[[str], None]
@@ -168,6 +169,8 @@ class _Drawn:
             before = _read_result(self.folder)
             changed = [name for name in self.facts if name != "settings" and before.get(name) != _plain(self.facts[name])]
             settings, others = _plain(self.facts["settings"]), before.get("settings", {})
+            for known in (settings, others):  # a folder may be called by any path
+                known["model"] = public_name(str(known.get("model")))
             changed += [name for name in settings if name not in ANY_WAY and settings[name] != others.get(name)]
             if [item["scene"] for item in before["pictures"]] != [_plain(scene.as_dict()) for scene in self.scenes]:
                 changed.append("scenes")
@@ -283,7 +286,7 @@ def _finish(drawn: _Drawn, folder: Path, say: Say) -> int:
     if folder.resolve() == drawn.folder.resolve():
         drawn.write(scores.as_dict(), [asdict(item.verdict) | {"all": item.verdict.all} for item in scores.judged])
     else:
-        document = {**_HEAD, "versions": versions(), "of": drawn.folder.name, **drawn.facts, **scores.as_dict()}
+        document = {**_HEAD, "versions": versions(), "of": drawn.folder.resolve().name, **drawn.facts, **scores.as_dict()}
         verdicts = [asdict(item.verdict) | {"all": item.verdict.all, "seed": item.seed} for item in scores.judged]
         publish_bytes(folder / RESULT, (json.dumps(document | {"verdicts": verdicts}, indent=1) + "\n").encode())
     publish_bytes(folder / REPORT, adherence_report.page(scores, pictures, drawn.facts))

@@ -70,6 +70,8 @@ def run(options: argparse.Namespace, say: drawing.Say) -> int:
     if not 1 <= parts <= MAX_PARTS:
         raise usage_error(f"--parts {parts} is outside 1 to {MAX_PARTS}")
     order = drawing.OrderDesk(say).order(typed)
+    if parts > max(len(_PARTS), order.request.num_inference_steps):
+        raise usage_error(f"--parts {parts} is more than --steps {order.request.num_inference_steps}; ask for fewer parts")
     if order.config.optimization.enable_torch_compile:
         raise usage_error("attention maps and --torch-compile do not go together; leave --torch-compile out")
     if order.request.deep_cache > 1:
@@ -90,7 +92,7 @@ def run(options: argparse.Namespace, say: drawing.Say) -> int:
         if len(words) > MAX_WORDS and not wanted:
             say(f"words   {len(words)} are too many for a sheet: the first {MAX_WORDS} are shown; choose with --words")
             words = words[:MAX_WORDS]
-        previews = _Previews(artist.generator, parts)
+        previews = _Previews(artist.generator, parts, order.request.num_inference_steps)
         with attention_maps.recorded(pipeline) as recording:
             picture = artist.draw(order, previews.note)
         path = artist.save(picture, "attention")
@@ -116,9 +118,9 @@ def _settled(order: drawing.Order) -> tuple[drawing.Order, str]:
 class _Previews:
     """What the picture is expected to be, after each part of the steps but the last."""
 
-    def __init__(self, generator: TextToImageGenerator, parts: int) -> None:
+    def __init__(self, generator: TextToImageGenerator, parts: int, steps: int) -> None:
         self.pictures: list[Image.Image | None] = []
-        self.parts, self._generator = parts, generator
+        self.parts, self.steps, self._generator = parts, steps, generator
 
     def note(self, step: Step) -> None:
         if len(self.pictures) < self.parts - 1 and step.fraction >= (len(self.pictures) + 1) / self.parts - 1e-6:
@@ -137,17 +139,18 @@ def _rows(recording: Recording, words: Sequence[Word], picture: Image.Image, pre
     if count >= parts > 1:
         edges = [round(count * part / parts) for part in range(parts + 1)]
         expected = [*previews.pictures, *[None] * parts][: parts - 1]  # a preview that could not be decoded is none
+        what = "step" if count == previews.steps else "call"
         for number, (start, stop, seen) in enumerate(zip(edges, edges[1:], [*expected, picture])):
-            name = f"{_PARTS[number]}, {start + 1} to {stop}" if parts == len(_PARTS) else _numbers(start, stop)
+            name = f"{_PARTS[number]}, {start + 1} to {stop}" if parts == len(_PARTS) else _numbers(what, start, stop)
             rows.append(Row(name, range(start, stop), seen))
     for row in rows:
         row.maps = word_maps(torch.stack([recording.maps[call] for call in row.calls]).mean(dim=0), words)
     return rows
 
 
-def _numbers(start: int, stop: int) -> str:
-    """ "step 4" or "steps 4 to 6" of calls 3 to 5."""
-    return f"step {stop}" if stop == start + 1 else f"steps {start + 1} to {stop}"
+def _numbers(what: str, start: int, stop: int) -> str:
+    """ "step 4" or "steps 4 to 6" of calls 3 to 5; "call": some samplers ask the U-Net twice in a step."""
+    return f"{what} {stop}" if stop == start + 1 else f"{what}s {start + 1} to {stop}"
 
 
 def _write(folder: Path, words: Sequence[Word], rows: Sequence[Row], recording: Recording, facts: dict[str, Any]) -> list[Path]:
@@ -161,7 +164,8 @@ def _write(folder: Path, words: Sequence[Word], rows: Sequence[Row], recording: 
     from src.evaluation.overlay import heat
     from src.evaluation.sheet import cell_limit_px, draw_sheet, shrunk
 
-    picture = rows[0].picture
+    limit_px = cell_limit_px(1 + len(words), len(rows))
+    picture = shrunk(rows[0].picture, max(limit_px, _REPORT_PX))
     all_maps = torch.stack([row.maps for row in rows]).numpy()  # (R, W, h, w)
     low, high = all_maps.min(axis=(0, 2, 3)), all_maps.max(axis=(0, 2, 3))
     cells = [
@@ -170,7 +174,6 @@ def _write(folder: Path, words: Sequence[Word], rows: Sequence[Row], recording: 
     ]
     names, labels = ["picture", *(word.text for word in words)], [row.name for row in rows]
     title = "{prompt} · {model} · seed {seed} · {steps} steps · guidance {guidance_scale:g}".format(**facts)
-    limit_px = cell_limit_px(len(names), len(labels))
     sheet = draw_sheet([[cell and shrunk(cell, limit_px) for cell in row] for row in cells], names, labels, title)
     by_call = torch.stack([word_maps(maps, words) for maps in recording.maps], dim=1)  # (W, calls, h, w)
     tensors = {word.text: maps.contiguous() for word, maps in zip(words, by_call)}

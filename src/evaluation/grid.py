@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from src.errors import ExitCode, UserError, usage_error
 from src.evaluation import drawing
-from src.evaluation.axes import Axis, check_axes, lora_label, parse_axis
+from src.evaluation.axes import NO_LORA, Axis, check_axes, lora_label, parse_axis
 from src.flags import Flag
 
 if TYPE_CHECKING:
@@ -147,7 +147,8 @@ def _constants(x: Axis, y: Axis | None, typed: dict[str, Any], cell: Cell) -> It
         yield request.prompt
     if "model" not in varied:
         yield str(typed.get("model", config.model.model_id))
-    for text in typed.get("lora", []):  # beside those of an axis, too; their weight where no axis varies it
+    has_none = any(axis.name == "lora" and NO_LORA in axis.values for axis in (x, y) if axis is not None)
+    for text in [] if has_none else typed.get("lora", []):  # beside those of an axis; their weight where no axis varies it
         yield lora_label(text, has_weight="lora_scale" not in varied)
     shown = {"seed": "seed {}", "num_inference_steps": "{} steps", "guidance_scale": "guidance {:g}", "scheduler": "{}"}
     for name, form in shown.items():

@@ -43,7 +43,8 @@ def draw_sheet(
     """
     if not rows or len(rows) != len(row_labels) or any(len(row) != len(columns) for row in rows):
         raise ValueError("a sheet takes a label for each row and column")
-    can_grow = 2 * _ENLARGE_BELOW_PX * max(len(columns), len(rows)) <= MAX_SHEET_PX
+    largest = max((max(picture.size) for row in rows for picture in row if picture is not None), default=0)
+    can_grow = 2 * largest * max(len(columns), len(rows)) <= MAX_SHEET_PX
     cells = [[_enlarged(picture) if picture is not None and can_grow else picture for picture in row] for row in rows]
     sizes = [picture.size for row in cells for picture in row if picture is not None] or [(_ENLARGE_BELOW_PX,) * 2]
     width, height = max(size[0] for size in sizes), max(size[1] for size in sizes)

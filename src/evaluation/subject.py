@@ -80,9 +80,12 @@ def run(options: argparse.Namespace, say: drawing.Say) -> int:
     judges = {name: typed.pop(name, None) for name in ("clip", "dino")}
     prompts, seeds = drawing.read_prompts(typed), drawing.read_seeds(typed)
     from src.dataset import find_pictures
+    from src.evaluation.inputs import plain_text
+    from src.prompts import clean_prompt
     from src.training.scores import names_subject
 
-    if trigger is not None and not any(names_subject(prompt, trigger) for prompt in prompts):
+    drawn = [plain_text(clean_prompt(prompt)) for prompt in prompts]
+    if trigger is not None and not any(names_subject(text, trigger) or "__" in text or "{" in text for text in drawn):
         raise usage_error(f"--trigger '{trigger}': no prompt has it; write it as the prompts do, or leave it out")
     photos = find_pictures(user_path(typed.pop("photos")))
     wanted = {f"{WITHOUT} {lora_label(lora)}": typed, f"{WITH} {lora_label(lora)}": {**typed, "lora": [lora]}}

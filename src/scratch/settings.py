@@ -18,7 +18,7 @@ PHASES = ("scenes", "tokenizer", "vae", "clip", "unet", "assemble")
 PRECISIONS = ("auto", "fp32", "bf16")
 SWITCHES = ("auto", "on", "off")
 # Settings of later versions, and what stood for them before.
-ADDED = {"grammar": "full", "transformer_layers": 1, "caption_dropout_clear": 0.1}
+ADDED = {"grammar": "full", "transformer_layers": 1, "caption_dropout_clear": 0.1, "told": 8}
 NOT_LEARNT = ("validation_steps", "checkpoint_steps", "examined")  # settings that change nothing of what is learnt
 MAX_SCENES = 400_000  # a manifest lists a thousand files
 

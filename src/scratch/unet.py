@@ -209,7 +209,7 @@ def learn_unet(work: Work, settings: ScratchSettings, terminal: Terminal) -> dic
         figures = {"held_out_loss": float(sum(losses)) / len(which), f"adherence_of_{len(scenes)}": sum(right) / len(right)}
         return figures, sheet(pictures[:SHOWN], [scene.caption for scene in scenes[:SHOWN]])
 
-    lesson = Lesson("unet", pupil, settings.unet, loss, judge, {"inputs": inputs})
+    lesson = Lesson("unet", pupil, settings.unet, loss, judge, {"inputs": inputs, "told": len(TOLD)})
     figures = learn(lesson, work.of("unet"), settings.machine, terminal)
     figures["parameters"] = sum(item.numel() for item in unet.parameters())
     figures["samples"] = learnt_before + settings.unet.steps * settings.unet.batch_size
