@@ -1,6 +1,6 @@
 # make demo   draw a picture with the embedded model        make check  lint, then the tests
 # make test   the whole test suite                          make bench  time and memory of what this project promises
-# make demo-lora   teach the embedded model something new, and show before and after: five minutes on two CPU cores
+# make demo-lora   teach the embedded model something new, and show before and after: nine minutes on two CPU cores
 # make embedded   the model that ships, from nothing: about four hours on two CPU cores, in pieces as you like
 # make torture   hundreds of kills, cuts and full disks: half an hour
 # Each makes .venv and installs what it needs. PYTHON=python3.12 chooses another interpreter (3.10 or newer).
