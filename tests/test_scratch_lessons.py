@@ -226,16 +226,16 @@ def test_shapes_are_told_cell_by_cell_from_the_middle_block() -> None:
     with torch.no_grad():
         pupil.telling.weight.zero_()
         pupil.telling.bias.zero_()
-        pupil.telling.bias.view(9, 2, 2)[3] = 2  # told everywhere: number 3, seven times as likely as each other
-    all_ways = 8 + np.exp(2)
+        pupil.telling.bias.view(11, 2, 2)[3] = 2  # told everywhere: number 3, seven times as likely as each other
+    all_ways = 10 + np.exp(2)  # eight shapes, house, tree, nothing
     expected = (8 * (np.log(all_ways) - 2) + 0.2 * 504 * np.log(all_ways)) / 512
     assert pupil.shapes_loss(shapes).item() == pytest.approx(expected, rel=1e-5)
     network(torch.randn(2, 4, 16, 16), torch.tensor([3, 700]), torch.randn(2, 7, 64))
     with torch.no_grad():
         seen = pupil._seen.clone()
         pupil.telling.bias.zero_()
-        pupil.telling.weight.view(9, 2, 2, 64)[3, 1, 0, 5] = 1  # told of each lower left cell, by one number of the state
-    logits = torch.zeros(2, 9, 16, 16)
+        pupil.telling.weight.view(11, 2, 2, 64)[3, 1, 0, 5] = 1  # told of each lower left cell, by one number of the state
+    logits = torch.zeros(2, 11, 16, 16)
     logits[:, 3, 1::2, 0::2] = seen[:, 5]
     counted = torch.where(shapes > 0, 1.0, 0.2)
     expected = (counted * nn.functional.cross_entropy(logits, shapes.long(), reduction="none")).mean()
