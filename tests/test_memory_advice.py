@@ -130,10 +130,9 @@ def test_the_plan_is_that_of_the_first_request(tmp_path):
     assert small < large
 
 
-def test_a_plan_that_comes_back_is_said_again(tmp_path, monkeypatch):
-    """The card runs out once, so the next smaller plan draws; a smaller picture returns to the plan of the announcement."""
-    monkeypatch.setattr(cpu_layers, "CAN_PACK", False)
-    monkeypatch.setattr(optimizations, "memory_budget", lambda *_: 100 * GIB)
+@pytest.fixture
+def runs_out_once(monkeypatch):
+    """The first call of a U-Net does not find the memory that it needs."""
     forward, calls = UNet2DConditionModel.forward, []
 
     def once(*given, **named):
@@ -143,6 +142,12 @@ def test_a_plan_that_comes_back_is_said_again(tmp_path, monkeypatch):
         return forward(*given, **named)
 
     monkeypatch.setattr(UNet2DConditionModel, "forward", once)
+
+
+def test_a_plan_that_comes_back_is_said_again(runs_out_once, tmp_path, monkeypatch):
+    """The card runs out once, so the next smaller plan draws; a smaller picture returns to the plan of the announcement."""
+    monkeypatch.setattr(cpu_layers, "CAN_PACK", False)
+    monkeypatch.setattr(optimizations, "memory_budget", lambda *_: 100 * GIB)
     said, config = [], AppConfig()
     config.model.model_id, config.model.device = str(pipelines.save(pipelines.sd1(), tmp_path / "sd1")), "cpu"
     config.paths.cache = str(tmp_path / "cache")
@@ -199,16 +204,7 @@ def test_of_a_batch_smaller_than_planned_nothing_is_remembered(card, tmp_path, m
 @pytest.mark.parametrize(
     ("room", "mark"), [(100 * GIB - (150 << 20), 100 * GIB + 1), (3 * GIB, 3 * GIB + 1)], ids=["kernels", "another program"]
 )
-def test_a_mark_is_what_there_was_for_this_process(card, tmp_path, monkeypatch, room, mark):
-    forward, calls = UNet2DConditionModel.forward, []
-
-    def once(*given, **named):
-        calls.append(1)
-        if len(calls) == 1:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
-        return forward(*given, **named)
-
-    monkeypatch.setattr(UNet2DConditionModel, "forward", once)
+def test_a_mark_is_what_there_was_for_this_process(card, runs_out_once, tmp_path, monkeypatch, room, mark):
     monkeypatch.setattr(optimizations, "room_bytes", lambda _: room)
     card.generate("a", seed=1)
     assert list(json.loads((tmp_path / "cache" / FILE_NAME).read_bytes()).values()) == [{"gpu, ran out": mark}]
