@@ -25,6 +25,10 @@ from src.training.speed import keep_freed_memory
 TEXT_WIDTH, LENGTH, CAPTIONS = 192, 32, 100
 WARM_UP, STEPS = 2, 5
 DESIGNS = {  # latents (channels, side), and what differs from the recipe
+    "the recipe's": ((12, 16), {}),
+    "the recipe's, batches of 8": ((12, 16), {"batch_size": 8}),
+    "the model that ships: three transformer layers": ((12, 16), {"transformer_layers": 3}),
+    "narrower": ((12, 16), {"channels": (48, 96), "head_width": 16}),
     "the first model's": ((4, 16), {"channels": (64, 128, 192), "head_width": 16, "attention_levels": 3}),
     "two levels, both attend": ((4, 16), {"attention_levels": 2}),
     "two levels, the inner one attends": ((4, 16), {}),
