@@ -65,6 +65,9 @@ def test_a_table_is_named_after_what_it_was_measured_on_and_with(monkeypatch, tm
     assert bench.main(["--full", "--compiled", "--output", str(tmp_path)]) == 0
     names = {path.stem.removesuffix("-h200") for path in tmp_path.glob("*-h200.md")}
     assert names == {"memory-full", "designs"}
+    record = (tmp_path / "designs-h200.md").read_text()
+    assert "`python -m src.bench --full --compiled --output PATH`" in record
+    assert str(tmp_path) not in record
     (cpu,) = {path.stem.removeprefix("start-") for path in tmp_path.glob("start-*.md")}
     names = {path.stem.removesuffix(f"-{cpu}") for path in tmp_path.glob(f"*-{cpu}.md")}
     assert names == {"start", "swap", "speed-full", "growth-full", "quality-full", "train-full"}

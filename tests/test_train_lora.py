@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,6 +88,7 @@ def test_a_resumed_run_ends_with_the_same_bits(data: Path, models: dict[str, Pat
     logs = [(tmp_path / name / "log.jsonl").read_text() for name in ("whole", "cut")]
     losses = [[json.loads(line)["loss"] for line in log.splitlines() if '"train"' in line] for log in logs]
     assert losses[0][-1] == losses[1][-1]
+    assert re.search("<td>cpu, (fp32|bf16)</td>", (tmp_path / "whole" / "report.html").read_text(encoding="utf-8"))
 
 
 def test_a_changed_setting_is_named_and_force_goes_on(data: Path, models: dict[str, Path], tmp_path: Path, capsys) -> None:

@@ -156,8 +156,12 @@ def test_smoothing_by_hand() -> None:
     assert smoothed([]) == []
     assert smoothed([(5, 0.25)]) == [(5, 0.25)]
     assert [y for _, y in smoothed([(x, 2.0) for x in range(100)])] == pytest.approx([2.0] * 100), "a constant stays"
-    # A step from 0 to 1: after a thirtieth of the points, half of it.
+    # A step from 0 to 1: a thirtieth of the points beside it, half of what is left to go, alike on both sides.
     points = [(x, 0.0) for x in range(600)] + [(x, 1.0) for x in range(600, 1200)]
     curve = smoothed(points)
-    assert curve[599 + 40][1] == pytest.approx(0.5, abs=1e-4)
-    assert curve[599 + 80][1] == pytest.approx(0.75, abs=1e-4)
+    assert (curve[599][1] + curve[600][1]) / 2 == pytest.approx(0.5, abs=1e-6)
+    assert curve[600 + 40][1] == pytest.approx((1 + curve[600][1]) / 2, abs=1e-4)
+    assert curve[599 - 40][1] == pytest.approx(curve[599][1] / 2, abs=1e-4)
+    # A line stays where it is, but for the ends.
+    line = smoothed([(x, 3.0 * x) for x in range(1000)])
+    assert line[500][1] == pytest.approx(1500, abs=0.1)

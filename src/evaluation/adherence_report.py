@@ -41,7 +41,8 @@ def page(scores: Scores, pictures: Sequence[Image.Image], facts: Mapping[str, An
     """The finished file; ``pictures``, thumbnails will do, in the order of ``scores.judged``."""
     settings = dict(facts.get("settings", {}))
     head = {**settings, **{name: value for name, value in facts.items() if name != "settings"}, "version": VERSION}
-    skills = [[name, SKILLS[name][0], *_cells(share), TARGETS.get(name, TARGET)] for name, share in scores.skills.items()]
+    targets = {name: f"{TARGETS.get(name, TARGET):.2f}" for name in scores.skills}
+    skills = [[name, SKILLS[name][0], *_cells(share), targets[name]] for name, share in scores.skills.items()]
     checks = [[name, *_cells(share)] for name, share in scores.checks.items()]
     pairs = list(zip(scores.judged, pictures, strict=True))
     parts = [
@@ -86,7 +87,7 @@ def proof_page(result: Mapping[str, Any], worn: Pairs, wrong: Pairs) -> bytes:
 
 
 def _share(row: Mapping[str, Any] | None) -> str:
-    return "–" if row is None or row["share"] is None else f"{row['share']:.4f}"
+    return "–" if row is None or row["share"] is None else f"{row['share']:.3f}"
 
 
 def _strip(pairs: Pairs) -> str:

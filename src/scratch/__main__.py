@@ -30,7 +30,7 @@ after Ctrl-C or a kill. tools for the latent space: {", ".join(TOOLS)}; each wri
 {UNPACK}: the parts of a model that was assembled become phases again, so that its U-Net can go on learning."""
 EPILOG = """examples:
   python -m src.scratch all --out models/embedded          replaces the model that ships: about four hours on two cores
-  python -m src.scratch all --quick                        the lesson: half an hour on two cores without bf16
+  python -m src.scratch all --quick                        the lesson: 20 minutes on two cores without bf16
   python -m src.scratch vae --set steps=3000 --restart     one phase anew, with other numbers
   python -m src.scratch scenes --work outputs/more         a model that was assembled goes on learning: scenes as it had them,
   python -m src.scratch unpack --model models/mine --work outputs/more                       its parts,

@@ -144,11 +144,11 @@ class Judge:
 
     def _report_facts(self, progress: Progress) -> dict[str, Any]:
         """The head of the report."""
-        dataset = self._dataset
+        dataset, precision = self._dataset, self._accelerator.mixed_precision
         return {
             "trigger": dataset.trigger,
             "model": f"{self._model.name} ({self._model.family})",
-            "machine": f"{self._model.device_name}, {self._accelerator.mixed_precision} precision",
+            "machine": f"{self._model.device_name}, {'fp32' if precision == 'no' else precision}",
             "pictures": f"{len(dataset.train)} learnt, {len(dataset.held_out)} held out",
             "steps": f"{progress.step:,}",
             "skipped steps": progress.skipped or None,

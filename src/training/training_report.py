@@ -77,16 +77,25 @@ def write(
 
 
 def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The exponential moving average of a curve's points, without the pull towards zero at its start.
+    """The mean of a curve's points around each, whose weights fall by half within a thirtieth of the points, to both sides.
 
-    Each point's weight falls by half within a thirtieth of the points. The correction is that of Adam (Kingma and Ba 2015).
+    A moving average of the past alone would lie above a falling curve. Near the ends there is less on one side.
     """
     decay = 0.5 ** (_HALF_LIVES / max(len(points), _HALF_LIVES))
+    past, future = _decaying(points, decay), _decaying(points[::-1], decay)[::-1]
+    return [
+        (x, (before + after - y) / (weight + rest - 1))  # a point itself is in both sums
+        for (x, y), (before, weight), (after, rest) in zip(points, past, future)
+    ]
+
+
+def _decaying(points: Sequence[tuple[float, float]], decay: float) -> list[tuple[float, float]]:
+    """Of each point the sum of all up to it, older ones with less weight, and the sum of these weights."""
     total = weight = 0.0
     found = []
-    for x, y in points:
-        total, weight = decay * total + (1 - decay) * y, decay * weight + (1 - decay)
-        found.append((x, total / weight))
+    for _, y in points:
+        total, weight = decay * total + y, decay * weight + 1
+        found.append((total, weight))
     return found
 
 
