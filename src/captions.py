@@ -14,9 +14,11 @@ import io
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from os.path import normpath
+from os import listdir
+from os.path import normpath, splitext
 from pathlib import Path
 from typing import Any
 
@@ -50,23 +52,33 @@ class FoundCaptions:
     notes: list[str] = field(default_factory=list)
 
 
-def read_captions(folder: Path, pictures: Sequence[Path]) -> tuple[dict[Path, tuple[str, ...]], list[str]]:
+def read_captions(
+    folder: Path, pictures: Sequence[Path], empty_is_none: bool = False
+) -> tuple[dict[Path, tuple[str, ...]], list[str]]:
     """The cleaned captions of each picture below ``folder`` (``()`` where there are none), and notes on how they were found.
 
-    Raises UserError (refused) that names every file which is not UTF-8, with the first wrong byte, or is no metadata.
+    ``empty_is_none``: a picture beside an empty caption file has none, whatever metadata say. Raises UserError (refused) that
+    names every file which is not UTF-8, with the first wrong byte, or is no metadata.
     """
-    found = find_captions(folder, pictures)
+    found = find_captions(folder, pictures, empty_is_none=empty_is_none)
     return found.texts, found.notes
 
 
-def find_captions(folder: Path, pictures: Sequence[Path], is_file: Callable[[Path], bool] = Path.is_file) -> FoundCaptions:
+def find_captions(
+    folder: Path,
+    pictures: Sequence[Path],
+    is_file: Callable[[Path], bool] = Path.is_file,
+    empty_is_none: bool = False,
+) -> FoundCaptions:
     """As :func:`read_captions`, with the origin of each caption. ``is_file`` says which paths may be read."""
     found, problems = FoundCaptions(), []
     metadata = _read_all_metadata(folder, pictures, is_file, found.notes, problems)
+    odd = oddly_spelled(pictures)
     from_folders: set[str] = set()
     for picture in pictures:
-        captions, origin = _from_sidecar(picture, is_file, found.empty, problems)
-        if not captions:
+        captions, origin, empty = _from_sidecar(picture, is_file, odd, problems)
+        found.empty += [path for path in empty if path not in found.empty]  # a.png and a.jpg share a.txt
+        if not captions and not (empty and empty_is_none):
             captions, origin = metadata.get(_key(picture), ((), None))
         if not captions and (kohya := _kohya_folder(folder, picture)):
             captions = tuple(filter(None, [clean(kohya[2])]))
@@ -87,6 +99,17 @@ def find_captions(folder: Path, pictures: Sequence[Path], is_file: Callable[[Pat
     if several := sum(len(captions) > 1 for captions in found.texts.values()):
         found.notes.append(f"pictures with several captions: {several} (each line of a .txt file is one)")
     found.notes = list(map(printable, found.notes))
+    return found
+
+
+def oddly_spelled(pictures: Iterable[Path]) -> dict[Path, Path]:
+    """The files beside the pictures whose ending has capital letters, by their path with small ones: IMG_1.TXT of IMG_1.JPG."""
+    found: dict[Path, Path] = {}
+    for folder in {picture.parent for picture in pictures}:
+        with suppress(OSError):
+            for stem, suffix in map(splitext, sorted(listdir(folder))):
+                if suffix != suffix.lower():
+                    found[folder / f"{stem}{suffix.lower()}"] = folder / f"{stem}{suffix}"
     return found
 
 
@@ -217,17 +240,19 @@ def _kohya_folder(folder: Path, picture: Path) -> re.Match[str] | None:
 
 
 def _from_sidecar(
-    picture: Path, is_file: Callable[[Path], bool], empty: list[Path], problems: list[str]
-) -> tuple[tuple[str, ...], Path | None]:
+    picture: Path, is_file: Callable[[Path], bool], odd: Mapping[Path, Path], problems: list[str]
+) -> tuple[tuple[str, ...], Path | None, list[Path]]:
+    """The captions beside a picture, their file, and the files there without a word. ``odd``: `oddly_spelled` ones."""
+    empty = []
     for suffix in SIDECAR_SUFFIXES:
         path = picture.with_suffix(suffix)
+        path = path if is_file(path) else odd.get(path, path)
         if is_file(path):
             text = _read_text(path, MAX_SIDECAR_BYTES, problems)
             if captions := _unique(text.splitlines()):
-                return captions, path
-            if path not in empty:  # a.png and a.jpg share a.txt
-                empty.append(path)
-    return (), None
+                return captions, path, empty
+            empty.append(path)
+    return (), None, empty
 
 
 def _read_all_metadata(

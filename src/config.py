@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import sys
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields
@@ -270,6 +271,8 @@ def _convert(value: Any, kind: Any, name: str) -> Any:
         value = None
     if value is None and types.NoneType in options:
         return None
+    if target in (int, float) and isinstance(value, int) and abs(value) > sys.float_info.max:  # no range could be compared
+        raise usage_error(f"{name}: the number has hundreds of digits; give a smaller one")
     if target is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if target is str and isinstance(value, (int, float)) and not isinstance(value, bool):

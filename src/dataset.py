@@ -19,11 +19,11 @@ from PIL import Image
 
 from src.augmentation import Version, apply
 from src.buckets import bucket_sizes, enlargement, place
-from src.captions import read_caption_table, read_captions, repeats_of
+from src.captions import oddly_spelled, read_caption_table, read_captions, repeats_of
 from src.errors import UserError, not_found, refused, usage_error
 from src.files import sha256_of
 from src.images import PICTURE_SUFFIXES, fit_to, picture_size, read_image, read_mask
-from src.prepared_folder import read_prepared
+from src.prepared_folder import PreparedFolder, read_prepared
 
 MASK_ENDING = "-masklabel"  # OneTrainer's convention: NAME-masklabel.png beside NAME.png
 VALIDATION_EVERY = 10  # by default, where there are that many
@@ -95,7 +95,7 @@ def read_dataset(
     paths = find_pictures(folder)
     prepared = read_prepared(folder)
     if captions_file is None:
-        captions, notes = _captions(folder, paths, prepared.trigger, fixed_caption)
+        captions, notes = _captions(folder, paths, prepared, fixed_caption)
     else:
         captions, notes = read_caption_table(captions_file, folder, paths)
         if left_out := [path.name for path in paths if path not in captions]:
@@ -175,12 +175,14 @@ def find_pictures(folder: Path) -> list[Path]:
 
 
 def _captions(
-    folder: Path, paths: Sequence[Path], trigger: str | None, fixed_caption: str | None
+    folder: Path, paths: Sequence[Path], prepared: PreparedFolder, fixed_caption: str | None
 ) -> tuple[dict[Path, tuple[str, ...]], list[str]]:
     """At least one caption for each picture, and notes."""
     if fixed_caption is not None:
         return dict.fromkeys(paths, (fixed_caption,)), []
-    captions, notes = read_captions(folder, paths)
+    # What prepare_dataset wrote stands in its metadata, too, where nobody who empties a caption file looks.
+    captions, notes = read_captions(folder, paths, empty_is_none=bool(prepared.origins))
+    trigger = prepared.trigger
     silent = [path for path in paths if not captions[path]]
     if silent and trigger is None:
         raise refused(
@@ -209,7 +211,9 @@ def _picture_sizes(paths: Sequence[Path]) -> dict[Path, tuple[int, int]]:
 def _find_masks(paths: Sequence[Path], pictures_px: Mapping[Path, tuple[int, int]], notes: list[str]) -> dict[Path, Path]:
     """The mask of each picture that has one; it must have the picture's shape, or it would mark something else."""
     candidates = {path: path.with_name(f"{path.stem}{MASK_ENDING}.png") for path in paths}
-    masks = {path: mask for path, mask in candidates.items() if mask.is_file()}
+    odd = oddly_spelled(paths)
+    found = {path: mask if mask.is_file() else odd.get(mask, mask) for path, mask in candidates.items()}
+    masks = {path: mask for path, mask in found.items() if mask.is_file()}
     if not masks:
         name = candidates[paths[0]].name
         raise refused(f"{paths[0].parent}: masked loss, but there is no mask such as {name}; paint white what counts")

@@ -160,6 +160,13 @@ def remove_incomplete(folder: Path) -> None:
                 path.unlink()
 
 
+def check_stem(folder: Path, stem: str, number: str) -> None:
+    """Refuse what cannot begin the name of a picture's file in ``folder``. Raises UserError (refused)."""
+    if not stem or set(stem) & set("/\\"):
+        raise refused(f"{stem!r}: is no start of a file name; name the folder apart from it")
+    safe_join(folder, f"{stem}_{number}.png")
+
+
 def safe_join(root: Path, name: str) -> Path:
     """Return the resolved path of ``name``, a file name or relative path with ``/``, that lies inside ``root``.
 

@@ -377,10 +377,8 @@ class TextToImageGenerator:
             return None, (request.width or native_px, request.height or native_px)
         named = {"init_image": request.init_image, "mask": request.mask_image}
         refs = {name: picture_ref(image) for name, image in named.items() if image is not None}
-        picture, mask = (
-            read(image) if isinstance(image, Path) else image
-            for read, image in ((images.read_image, request.init_image), (images.read_mask, request.mask_image))
-        )
+        picture = images.read_image(start) if isinstance(start := request.init_image, Path) else images.plain(start)
+        mask = None if request.mask_image is None else images.read_mask(request.mask_image)
         if mask is not None and mask.width * picture.height != mask.height * picture.width:
             sizes = f"{mask.width}x{mask.height}, the picture {picture.width}x{picture.height}"
             raise usage_error(f"the mask is {sizes}: not of the same shape; draw the mask over the picture itself")
@@ -388,8 +386,8 @@ class TextToImageGenerator:
         size_px = (request.width or width_px, request.height or height_px)
         if picture.size != size_px:
             self.say(f"start   {picture.width}x{picture.height} picture scaled and cropped to {size_px[0]}x{size_px[1]}")
-        fitted = images.fit_to(picture.convert("RGB"), *size_px)
-        hole = images.fit_to(mask.convert("L"), *size_px) if mask is not None else None
+        fitted = images.fit_to(picture, *size_px)
+        hole = images.fit_to(mask, *size_px) if mask is not None else None
         return denoising.Start(fitted, hole, refs), size_px
 
 

@@ -23,7 +23,7 @@ from typing import BinaryIO
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin, features
 
 from src.errors import UserError, refused
-from src.files import Announce, publish_numbered, require_file, safe_join
+from src.files import Announce, check_stem, publish_numbered, require_file
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 _HAS_AVIF = features.check("avif")  # Pillow may have been built without
@@ -35,6 +35,7 @@ PICTURE_SUFFIXES = frozenset(
 )
 MAX_PIXELS = 89_000_000  # below the size at which Pillow itself begins to suspect a decompression bomb
 MAX_FILE_BYTES = 256 << 20
+WHITE = (255, 255, 255)
 MAX_TEXT_BYTES = 64 << 10  # of one text chunk
 _MAX_KEYWORD_BYTES = 256  # what stands before the text: a keyword of at most 79 bytes, a language tag, its translation
 MAX_ALL_TEXT_BYTES = 1 << 20
@@ -60,11 +61,7 @@ _NOT_PRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # C0 
 
 
 def read_image(
-    path: Path,
-    *,
-    background: tuple[int, int, int] = (255, 255, 255),
-    max_pixels: int = MAX_PIXELS,
-    notes: list[str] | None = None,
+    path: Path, *, background: tuple[int, int, int] = WHITE, max_pixels: int = MAX_PIXELS, notes: list[str] | None = None
 ) -> Image.Image:
     """Read a PNG, JPEG, WebP, BMP, TIFF, GIF, AVIF or HEIC (its first frame) as an upright mode "RGB" picture in sRGB.
 
@@ -81,17 +78,22 @@ def read_image(
         image.load()
         if notes is not None:
             notes += _what_will_change(image)
-        colour, alpha = _split_alpha(image)
-        picture = _to_srgb(colour, image.info.get("icc_profile"))
-        if alpha is not None:
-            canvas = Image.new("RGB", picture.size, background)
-            canvas.paste(picture, mask=alpha)
-            picture = canvas
-        turn = _UPRIGHT.get(_orientation(image))
-        if turn is not None:
-            picture = picture.transpose(turn)
-        picture.info = {}  # the profile and orientation are spent; saved again with the picture they would be applied twice
-        return picture
+        return plain(image, background)
+
+
+def plain(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Image.Image:
+    """What `read_image` makes of a picture that is decoded already."""
+    colour, alpha = _split_alpha(image)
+    picture = _to_srgb(colour, image.info.get("icc_profile"))
+    if alpha is not None:
+        canvas = Image.new("RGB", picture.size, background)
+        canvas.paste(picture, mask=alpha)
+        picture = canvas
+    turn = _UPRIGHT.get(_orientation(image))
+    if turn is not None:
+        picture = picture.transpose(turn)
+    picture.info = {}  # the profile and orientation are spent; saved again with the picture they would be applied twice
+    return picture
 
 
 def picture_size(path: Path) -> tuple[int, int]:
@@ -106,13 +108,14 @@ def picture_size(path: Path) -> tuple[int, int]:
         return (image.height, image.width) if turned else image.size
 
 
-def read_mask(path: Path) -> Image.Image:
-    """Read an inpainting mask as mode "L": white (255) is repainted, black (0) kept, grey in between blends.
+def read_mask(image: Path | Image.Image) -> Image.Image:
+    """An inpainting mask as mode "L": white (255) is repainted, black (0) kept, grey in between blends.
 
     It is the grey value of the picture on black, so that white strokes on a transparent layer are a mask too; a mask drawn
     in the alpha channel alone, over no colour, is all black. Raises what :func:`read_image` raises.
     """
-    return read_image(path, background=(0, 0, 0)).convert("L")
+    black = (0, 0, 0)
+    return (read_image(image, background=black) if isinstance(image, Path) else plain(image, black)).convert("L")
 
 
 def fit_to(image: Image.Image, width_px: int, height_px: int) -> Image.Image:
@@ -154,9 +157,7 @@ def save_picture(image: Image.Image, folder: Path, stem: str, start: int = 0, an
     Other values in ``image.info`` stay out of the file. Raises UserError: refused for a stem that is no plain file name,
     failure when the disk says no.
     """
-    if not stem or set(stem) & set("/\\"):
-        raise refused(f"{stem!r}: is no start of a file name; name the folder apart from it")
-    safe_join(folder, f"{stem}_{start:03d}.png")
+    check_stem(folder, stem, f"{start:03d}")
     text = {key: value for key, value in image.info.items() if isinstance(value, str)}
     path = publish_numbered(folder, lambda number: f"{stem}_{number:03d}.png", encode_png(image, text), start, announce)
     return folder / path.name  # as the folder was given, not as it resolves

@@ -34,7 +34,7 @@ def read_job_lines(source: str, stdin: TextIO) -> list[JobLine]:
     Raises UserError: not found; refused for what is not a file, not UTF-8 (line and byte are named) or over 64 MiB.
     """
     name = source_name(source)
-    data = _read_stdin(stdin) if source == STDIN else _read_file(Path(source), MAX_JOB_FILE_BYTES + 1)
+    data = _read_stdin(stdin) if source == STDIN else _read_file(Path(os.path.expanduser(source)), MAX_JOB_FILE_BYTES + 1)
     if len(data) > MAX_JOB_FILE_BYTES:
         raise refused(f"{name}: larger than {MAX_JOB_FILE_BYTES >> 20} MiB; split it into several job files")
     step = "send it as UTF-8" if source == STDIN else "save the file as UTF-8"

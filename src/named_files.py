@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from src import files, images
-from src.errors import not_found
+from src.errors import not_found, refused
 from src.request import LoraChoice
 from src.tensor_files import missing, read_header, refuse_pickle
 
@@ -43,10 +43,14 @@ class NamedFiles:
         if path in self._checked:
             return
         refuse_pickle(path)
-        if not path.exists():
-            raise missing(path)
-        weights = adapter_weights(path)
-        for file in weights or path.iterdir():
+        try:
+            if not path.exists():
+                raise missing(path)
+            weights = adapter_weights(path)
+            inside = list(path.iterdir()) if path.is_dir() else []
+        except OSError as error:  # a name that is too long, a folder of somebody else's
+            raise refused(f"{path}: cannot be read ({error.strerror}); name an adapter's file or folder") from None
+        for file in weights or inside:
             refuse_pickle(file)
         if not weights:
             raise not_found(f"{path}: holds no .safetensors file; name an adapter's file or folder")

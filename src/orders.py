@@ -201,7 +201,7 @@ def check_surroundings(typed: dict[str, Any], config: AppConfig, processes: Proc
         raise usage_error("--quantize needs the package bitsandbytes; pip install bitsandbytes, or leave --quantize out")
     devices.pick_precision(config.model.precision, on_card=config.model.device != "cpu", cpu_bf16=False)
     folder = files.check_writable_folder(config.paths.folder("outputs"))
-    files.safe_join(folder, f"{config.paths.prefix}_00000000_000000_000.png")
+    files.check_stem(folder, config.paths.prefix, "00000000_000000_000")
     model, cache = config.model, config.paths.folder("cache")
     checker = not config.optimization.disable_safety_checker
     model_source.resolve(model.model_id, cache, model.offline, revision=model.revision, include_safety_checker=checker)

@@ -57,14 +57,16 @@ class Processes:
     def cpu_threads(self, environment: Mapping[str, str] = os.environ) -> int | None:
         """Threads to compute with, so that together the processes use every core once; None: leave it as it is.
 
-        accelerate and torchrun set OMP_NUM_THREADS to 1 where nobody has chosen, which leaves the other cores idle.
+        accelerate and torchrun set OMP_NUM_THREADS to 1 where nobody has chosen, which leaves the other cores idle. Launchers
+        of MPI bind each process to cores of its own, fewer than they have themselves: those are not divided again.
         """
         if self.local_count == 1 or environment.get("OMP_NUM_THREADS", "1") != "1":
             return None
         import psutil
 
-        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(1, min(usable, psutil.cpu_count(logical=False) or usable) // self.local_count)
+        usable, of_launcher = _usable_cores(0), _usable_cores(os.getppid())
+        cores = max(1, min(usable, psutil.cpu_count(logical=False) or usable))
+        return cores if usable < of_launcher else max(1, cores // self.local_count)
 
     def meet(self) -> None:
         """Wait until every process has come here.
@@ -91,6 +93,14 @@ class Processes:
         """Let a launcher that is killed take this process with it: a second start would draw the same pictures beside it."""
         if self.are_several and "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _usable_cores(process: int) -> int:
+    """How many cores a process may use; 0 stands for this one. Where that cannot be asked, all."""
+    try:
+        return len(os.sched_getaffinity(process))
+    except (AttributeError, OSError):  # macOS and Windows; a launcher that has ended
+        return os.cpu_count() or 1
 
 
 ALONE = Processes()

@@ -6,6 +6,7 @@ A recipe comes from a stranger: its names are looked for among what is already h
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,6 +18,7 @@ from src import devices, images, model_source
 from src.arguments import is_given
 from src.config import AppConfig, GenerationConfig
 from src.errors import UserError, not_found, usage_error
+from src.memory_plan import check_switches
 from src.named_files import NamedFiles, tensors_sha256
 from src.orders import named_files
 from src.prompts import extract_loras
@@ -61,7 +63,7 @@ def follow_recipe(recipe: ParsedRecipe, typed: dict[str, Any], config: AppConfig
         _follow_models(recipe, typed, config)
         if not is_given(typed, "model.precision") and (recipe.drawn_on.precision != "fp16" or _may_have_card(config)):
             config.model.precision = recipe.drawn_on.precision or config.model.precision
-        if not is_given(typed, "optimization.quantize") and _may_have_card(config):
+        if not is_given(typed, "optimization.quantize") and _can_quantize(config):
             config.optimization.quantize = recipe.drawn_on.quantize
         if "prompt" not in typed:
             typed |= {"prompt": recipe.prompt, "wildcards": False}  # a recorded prompt is final
@@ -139,6 +141,17 @@ def _mend_size(settings: dict[str, Any]) -> Iterator[str]:
 def _may_have_card(config: AppConfig) -> bool:
     """Whether fp16 has a chance; torch is asked later."""
     return config.model.device != "cpu" and (devices.has_apple_gpu() or devices.detect_card() is not None)
+
+
+def _can_quantize(config: AppConfig) -> bool:
+    """Whether a U-Net of few bits has a chance; where it has none, the recipe's line says what differs."""
+    has_card = config.model.device != "cpu" and devices.detect_card() is not None
+    settings = replace(config.optimization, quantize="nf4")
+    return (
+        has_card
+        and importlib.util.find_spec("bitsandbytes") is not None
+        and _succeeds(lambda: check_switches(settings) is None)
+    )
 
 
 # -- pictures, models, adapters

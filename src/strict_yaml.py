@@ -38,17 +38,27 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                problem = "a name cannot be a list or a table; put a text that begins with a bracket or brace in quotes"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"'{key.value}' is given twice", problem_mark=key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
+def _construct_int(loader: Any, node: Any) -> int:
+    try:
+        return int(node.value)
+    except ValueError:  # Python reads 4300 digits at most
+        raise yaml.MarkedYAMLError(problem="thousands of digits are no number here", problem_mark=node.start_mark) from None
+
+
 def _construct_float(loader: Any, node: Any) -> float:
     return float(node.value.replace(".inf", "inf").replace(".nan", "nan"))
 
 
-_StrictLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 _StrictLoader.add_constructor("tag:yaml.org,2002:float", _construct_float)
 for _tag, _pattern in {
     "null": r"^(?:~|null|Null|NULL|)$",

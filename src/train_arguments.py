@@ -167,6 +167,7 @@ def build_run(typed: dict[str, Any]) -> TrainRun:
 
 def apply_typed(run: TrainRun, typed: dict[str, Any], check: Callable[[Any], None] = check) -> None:
     """Put what was typed over the settings of a run, and check them. Raises UserError (usage, not found)."""
+    stored_prompts = run.train.sample_prompts
     for file in typed.get("config", []):
         _make_way(run.train, read_settings(file))
         set_from(run, file)
@@ -180,7 +181,8 @@ def apply_typed(run: TrainRun, typed: dict[str, Any], check: Callable[[Any], Non
         run.train.class_prompt = ""  # which is an error, while an empty setting in a file means none
     if "model" in typed:
         run.model.model_id = _model_id(typed["model"])
-    run.train.sample_prompts = read_prompts(run.train.sample_prompts)
+    if run.train.sample_prompts is not stored_prompts:  # those of a checkpoint were read once: one may end in .txt by itself
+        run.train.sample_prompts = read_prompts(run.train.sample_prompts)
     for prompt in run.train.sample_prompts:
         if tags := extract_loras(clean_prompt(prompt))[1]:
             raise other_adapter(tags[0].name)

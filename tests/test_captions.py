@@ -263,6 +263,28 @@ def test_clean(text, expected):
     assert clean(text) == expected
 
 
+def test_a_sidecar_whose_ending_has_capitals_belongs_to_its_picture(tmp_path):
+    a, b = picture(tmp_path, "IMG_1.JPG"), picture(tmp_path, "IMG_2.JPG")
+    (tmp_path / "IMG_1.TXT").write_text("one")
+    (tmp_path / "IMG_2.Caption").write_text("two")
+    found = find_captions(tmp_path, [a, b])
+    assert found.texts == {a: ("one",), b: ("two",)}
+    assert found.origins[a].samefile(tmp_path / "IMG_1.TXT")
+    assert found.origins[b].samefile(tmp_path / "IMG_2.Caption")
+
+
+def test_an_empty_sidecar_is_none_where_that_is_asked_for(tmp_path):
+    a = picture(tmp_path)
+    a.with_suffix(".txt").touch()
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}')
+    assert read_captions(tmp_path, [a], empty_is_none=True)[0] == {a: ()}
+    a.with_suffix(".caption").write_text("y")
+    assert read_captions(tmp_path, [a], empty_is_none=True)[0] == {a: ("y",)}
+    a.with_suffix(".txt").unlink()
+    a.with_suffix(".caption").unlink()
+    assert read_captions(tmp_path, [a], empty_is_none=True)[0] == {a: ("x",)}
+
+
 def test_an_empty_sidecar_is_named_once(tmp_path):
     a, b = picture(tmp_path, "3_cat/a.png"), picture(tmp_path, "3_cat/a.jpg")
     a.with_suffix(".txt").write_text(" \n\ufeff\n", encoding="utf-8")

@@ -123,6 +123,31 @@ def test_a_picture_without_a_caption_is_trained_with_the_trigger(tmp_path: Path)
     assert any("1 of 2 pictures have no caption" in note and "'sks dog'" in note for note in found.notes)
 
 
+def test_an_emptied_caption_of_a_prepared_folder_is_none(tmp_path: Path) -> None:
+    """Its own metadata still hold the old one."""
+    for name in ("a", "b"):
+        picture(tmp_path / "raw" / f"{name}.png", (200 if name == "a" else 100, 100), caption=f"sks dog {name}")
+    prepare = ["--src", str(tmp_path / "raw"), "--dst", str(tmp_path / "made"), "--size", "64", "--trigger", "sks dog"]
+    assert prepare_dataset.main([*prepare, "--keep-duplicates", "--keep-blurred", "--workers", "1"]) == 0
+    assert [item.captions for item in read(tmp_path / "made").train] == [("sks dog a",), ("sks dog b",)]
+    (tmp_path / "made" / "0000.txt").write_text("\n")
+    found = read(tmp_path / "made")
+    assert [item.captions for item in found.train] == [("sks dog",), ("sks dog b",)]
+    assert any("1 of 2 pictures have no caption" in note for note in found.notes)
+    (tmp_path / "made" / "0001.txt").unlink()  # one that is not there says nothing: some keep metadata alone
+    assert read(tmp_path / "made").train[1].captions == ("sks dog b",)
+
+
+def test_endings_in_capitals_are_read_too(tmp_path: Path) -> None:
+    """As cameras, and programs of Windows, write them."""
+    picture(tmp_path / "IMG_1.JPG", caption=None)
+    (tmp_path / "IMG_1.TXT").write_text("a photo")
+    Image.new("L", (64, 64)).save(tmp_path / "IMG_1-masklabel.PNG")
+    [item] = read(tmp_path, masked=True).train
+    assert item.captions == ("a photo",)
+    assert item.mask.samefile(tmp_path / "IMG_1-masklabel.PNG")
+
+
 def test_damaged_headers_lead_to_preparation(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     for name in ("b.png", "c.png"):

@@ -118,6 +118,17 @@ def test_pictures_drawn_before_are_checked_as_they_are(tmp_path: Path, capsys: p
     assert [item["all"] for item in document["verdicts"]] == [True] * 5 + [False]
     assert (document["skills"]["overall"]["right"], document["skills"]["overall"]["count"]) == (5, 6)
     assert "overall" in capsys.readouterr().out
+    before = (folder / "result.json").read_bytes()
+    other = adherence._Drawn(tmp_path / "other", {"settings": {"seed": 3, "model": "y"}}, scenes, print)
+    other.check_same()
+    drawing.draw(scenes[0]).save(other.path(0))
+    with pytest.raises(UserError, match="holds the pictures of another run") as error:
+        adherence.run(options("--pictures", str(tmp_path / "other"), output=folder), print)
+    assert error.value.exit_code in (ExitCode.USAGE, ExitCode.NOT_FOUND)
+    assert (folder / "result.json").read_bytes() == before
+    (tmp_path / "other" / "result.json").unlink()
+    with pytest.raises(UserError, match="nobody knows what drew these"):
+        other.check_same()
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,7 @@ def test_held_out_scenes_are_drawn_where_they_are_asked_for(folders, clip_folder
     monkeypatch.chdir(tmp_path)
     assert run((Path("scenes"), folders[1]), "--clip", clip_folder, "--output", tmp_path / "out", "--max-pictures", 8) == 0
     drawn = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "out" / "real").glob("*.png"))]
-    expected = [np.asarray(drawing.draw(scene)) for scene in choose(8, 0, "both")]
+    expected = [np.asarray(drawing.draw(scene)) for scene in choose(8, 0, "both", lattice_px=8)]
     assert all(np.array_equal(one, other) for one, other in zip(drawn, expected, strict=True))
     told = json.loads((tmp_path / "out" / "result.json").read_bytes())["real"]
     assert told == {"folder": "held-out scenes", "pictures": 8, "found": 8}
@@ -219,7 +219,7 @@ def test_held_out_scenes_are_drawn_where_they_are_asked_for(folders, clip_folder
 
 def test_more_scenes_are_drawn_than_a_checkpoint_lists_and_take_the_place_of_their_own_alone(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(drawing, "draw", lambda scene: Image.new("RGB", (8, 8), "red"))
-    monkeypatch.setattr("src.evaluation.skills.choose", lambda count, *_: [None] * count)
+    monkeypatch.setattr("src.evaluation.skills.choose", lambda count, *_, **named: [None] * count)
     said: list[str] = []
     side = quality._draw_scenes(tmp_path, 1001, said.append)
     assert (len(side.pictures), side.found, side.is_drawn) == (1001, 1001, True)

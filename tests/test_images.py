@@ -6,6 +6,7 @@ import math
 import random
 import struct
 
+import numpy as np
 import pytest
 from PIL import Image, ImageChops, ImageCms
 
@@ -215,6 +216,19 @@ def test_a_mask_is_white_where_it_is_repainted(tmp_path):
     assert [mask.getpixel((16 * index, 0)) for index in range(3)] == [255, 0, 128]
     mask = images.read_mask(written(tmp_path, encoded(tiles("1", 1, 0), "PNG")))
     assert [mask.getpixel((16 * index, 0)) for index in range(2)] == [255, 0]
+
+
+def test_a_picture_in_memory_is_read_as_its_file(tmp_path):
+    """A layer with white under what is transparent, a photo that lies on its side, 16 bits of grey."""
+    layer = tiles("RGBA", (255, 255, 255, 255), (255, 255, 255, 0), (200, 0, 0, 128))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    grey = Image.fromarray((np.arange(32 * 32, dtype=np.uint16) * 64).reshape(32, 32))
+    for image, options in ((layer, {}), (tiles("RGB", RED, BLUE), {"exif": exif}), (grey, {})):
+        path = written(tmp_path, encoded(image, "PNG", **options))
+        with Image.open(path) as opened:
+            assert images.plain(opened).tobytes() == images.read_image(path).tobytes()
+            assert images.read_mask(opened).tobytes() == images.read_mask(path).tobytes()
 
 
 @pytest.mark.parametrize(

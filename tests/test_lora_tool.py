@@ -32,9 +32,8 @@ def folder(tmp_path_factory):
         "sd1": ("SD1", "peft", {"targets": ATTENTION}), "dora": ("SD1", "kohya", {"targets": ATTENTION, "dora": 0}),
     }  # fmt: skip
     for name, (family, form, choice) in made.items():
-        facts = AdapterFacts(
-            family, name, trigger=trigger.get(name), resolution_px=640, base_model="mine", extra={"ss_seed": "5"}
-        )
+        extra = {"ss_seed": "5"} | ({"ss_zero_terminal_snr": "True"} if name == "style" else {})
+        facts = AdapterFacts(family, name, trigger=trigger.get(name), resolution_px=640, base_model="mine", extra=extra)
         put(to / name, adapter_files(ours(random_layers(source(family), **choice)), facts, [form]))
     adapters.write_kohya(to / "bare.safetensors", random_layers(source("SD1"), targets=ATTENTION))
     return to
@@ -83,6 +82,7 @@ def test_merge_is_the_weighted_sum(run, tmp_path):
     said = json.loads(run("info OUT/sum.safetensors --json")[1])
     assert (said["trigger"], said["header"]["modelspec.merged_from"]) == ("sks dog, ink", "dog:0.8, style:-0.5")
     assert list(said["ranks"]) == ["6", "8"]
+    assert said["header"]["ss_zero_terminal_snr"] == "True", "one of them was learnt so, and is to be drawn so"
     assert run("merge dog:0.8 style:-0.5 --rank 2 --output OUT/two.safetensors --precision fp16")[0] == 0
     assert {tuple(layer.down.shape[:1]) for layer in read_adapter(tmp_path / "two.safetensors").layers.values()} == {(2,)}
 
@@ -163,6 +163,29 @@ def test_nothing_is_overwritten_unless_forced(run, tmp_path):
     assert (code, "--force replaces it" in err, (tmp_path / "x.safetensors").read_bytes() == before) == (2, True, True)
     assert run("resize dog --rank 1 --output OUT/x.safetensors --force")[0] == 0
     assert (tmp_path / "x.safetensors").read_bytes() != before
+
+
+def test_a_folder_means_the_new_adapter_alone(run, tmp_path):
+    """PEFT's folders of a U-Net and its text encoder, and diffusers' file, give way to a U-Net alone; the rest stays."""
+    unet = random_layers(source("SD1"), targets=ATTENTION, seed=7, only=UNET)
+    put(tmp_path / "unet", adapter_files(ours(unet), AdapterFacts("SD1", "unet"), ["peft"]))
+    out = tmp_path / "out"
+    assert run("convert sd1 --to peft --output OUT/out")[0] == 0
+    (out / "text_encoder_one_lora" / "README.md").write_text("mine")
+    (out / "notes.safetensors").write_bytes(b"mine")
+    (out / "unet_lora" / "adapter_config.json").unlink()  # what is left of the text encoder alone is in the way, too
+    (out / "unet_lora" / "adapter_model.safetensors").unlink()
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    code, _, err = run("convert OUT/unet --to peft --output OUT/out")
+    assert (code, "--force replaces it" in err) == (2, True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    put(out, adapter_files(ours(random_layers(source("SD1"), targets=ATTENTION)), AdapterFacts("SD1", "old"), ["diffusers"]))
+    assert run("convert OUT/unet --to peft --output OUT/out --force")[0] == 0
+    assert {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} == {
+        "unet_lora/adapter_config.json", "unet_lora/adapter_model.safetensors", "text_encoder_one_lora/README.md", "notes.safetensors",
+    }  # fmt: skip
+    adapter = read_adapter(out)
+    assert (adapter.format, {component for component, _ in adapter.layers}) == ("peft", {"unet"})
 
 
 WRONG = {

@@ -128,6 +128,16 @@ def test_peft_draws_the_same(case, tmp_path):
     assert_same(outputs(parts), expected, family)
 
 
+def test_a_name_that_is_no_text_is_written_all_the_same():
+    """That of a folder in Latin-1, as Python gives it."""
+    _, layers, _ = made("SD1, one text encoder layer")
+    files = adapter_files(layers, AdapterFacts("SD1", "caf\udce9", extra={"ss_dataset_dirs": '{"caf\udce9": 1}'}), FORMATS)
+    assert set(parse_adapter(files)) == set(FORMATS)
+    head = files[FILES["diffusers"]]
+    header = json.loads(head[8 : 8 + int.from_bytes(head[:8], "little")].decode("utf-8"))["__metadata__"]
+    assert (header["modelspec.title"], header["ss_dataset_dirs"]) == ("caf?", '{"caf?": 1}')
+
+
 @pytest.mark.parametrize("first", FORMATS)
 @pytest.mark.parametrize("case", ["SDXL, everything", "DoRA SD1, everything"])
 def test_from_every_form_to_every_form(case, first, tmp_path):

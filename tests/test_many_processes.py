@@ -102,6 +102,25 @@ def test_threads_are_the_cores_shared_out_unless_somebody_chose(monkeypatch) -> 
     assert ALONE.cpu_threads({}) is None
 
 
+def test_cores_that_a_launcher_gave_to_one_process_are_not_shared_again(monkeypatch) -> None:
+    """As mpirun binds: the process may use three cores of its launcher's twelve."""
+    usable = {0: 3, os.getppid(): 12}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(usable[process])), raising=False)
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 16 if logical else 12)
+    assert Processes(0, 4, 0, 4).cpu_threads({}) == 3
+    usable[0] = 12
+    assert Processes(0, 4, 0, 4).cpu_threads({}) == 3
+
+    def gone(process: int) -> set[int]:
+        if process:
+            raise ProcessLookupError
+        return set(range(12))
+
+    monkeypatch.setattr(os, "sched_getaffinity", gone)
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    assert Processes(0, 4, 0, 4).cpu_threads({}) == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

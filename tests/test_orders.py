@@ -49,6 +49,8 @@ def refusal(*argv: str) -> UserError:
         (["x", "--lora", "a.ckpt"], ExitCode.REFUSED, "pickle"),
         (["x", "--lora", "nowhere.safetensors"], ExitCode.NOT_FOUND, "nowhere.safetensors: not found"),
         (["x", "--lora", "bad.safetensors:0.5"], ExitCode.REFUSED, "is not a .safetensors file"),
+        (["x", "--lora", "a" * 300], ExitCode.REFUSED, "cannot be read"),
+        (["x", "--lora", "adapter_config.json"], ExitCode.NOT_FOUND, "holds no .safetensors file"),
         (["x", "--lora", "empty"], ExitCode.NOT_FOUND, "holds no .safetensors file"),
         (["x", "--lora", "pickled"], ExitCode.REFUSED, "pickle"),
         (["x <lora:ghost>"], ExitCode.NOT_FOUND, "<lora:ghost> is not in models/lora"),
@@ -60,6 +62,7 @@ def refusal(*argv: str) -> UserError:
 )
 def test_mistakes_are_found_before_a_model_is_loaded(here: Path, argv: list[str], code: ExitCode, message: str) -> None:
     (here / "bad.safetensors").write_bytes(b"not tensors at all")
+    (here / "adapter_config.json").write_text("{}")
     (here / "models" / "lora").mkdir(parents=True)
     (here / "models" / "lora" / "torn.safetensors").write_bytes(b"not tensors at all")
     (here / "empty").mkdir()
@@ -301,6 +304,21 @@ def test_modes_that_contradict_each_other_are_refused(argv: list[str]) -> None:
     with pytest.raises(UserError) as caught:
         parse_arguments(["x", *argv])
     assert caught.value.exit_code is ExitCode.USAGE
+
+
+def test_a_prefix_that_begins_no_file_name_is_found_before_a_model_is_loaded() -> None:
+    for prefix in ("shoot/fox", "a\\b", "CON.x\0"):
+        typed = parse_arguments(["x", "--prefix", prefix, "--model", "embedded"])
+        with pytest.raises(UserError) as caught:
+            orders.check_surroundings(typed, build_config(typed))
+        assert caught.value.exit_code is ExitCode.REFUSED
+
+
+def test_a_job_file_is_found_at_home(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(here))
+    monkeypatch.setenv("USERPROFILE", str(here))
+    (here / "jobs.txt").write_text("a fox\n")
+    assert [job.request.prompt for job in read_jobs("--prompts=~/jobs.txt")[0]] == ["a fox"]
 
 
 def test_contradictory_switches_and_a_missing_package_are_found_before_a_model_is_loaded(here: Path, monkeypatch) -> None:

@@ -115,9 +115,15 @@ def test_a_killed_run_keeps_what_was_said(blip, tmp_path, monkeypatch):
 @pytest.mark.usefixtures("_no_report")
 def test_a_captioner_without_words_leaves_the_picture_out(blip, tmp_path, monkeypatch):
     src = photo_folder(tmp_path / "src", 2)
-    monkeypatch.setattr(Blip, "describe", lambda self, paths: ["a dog", ""])
+    monkeypatch.setattr(Blip, "describe", lambda self, paths: ["a dog", ""][-len(paths) :])  # the second is asked again
     outcome = run(src, tmp_path / "dst", blip)
     assert [(skip.source, skip.kind) for skip in outcome.skipped] == [("b.png", "no caption")]
+    outcome = run(src, tmp_path / "dst", blip, caption_prefix=("masterpiece",))
+    assert [(skip.source, skip.kind) for skip in outcome.skipped] == [("b.png", "no caption")]
+    outcome = run(src, tmp_path / "dst", blip, trigger="sks dog")
+    assert [(item.captions, item.caption_from) for item in outcome.prepared] == [
+        (("sks dog, a dog",), str(blip)), (("a photo of sks dog",), "template"),
+    ]  # fmt: skip
 
 
 def test_the_model_is_found_in_a_cache(blip, tmp_path, monkeypatch):

@@ -80,6 +80,47 @@ def test_pictures_that_come_and_go_renumber_the_others_without_work(tmp_path, mo
     assert contents(dst) == made
 
 
+def test_the_report_shows_the_pictures_that_were_left_out_and_no_others(tmp_path, monkeypatch):
+    """Of the three of a first run the second loses its caption; its name goes to the third."""
+    src, dst = photo_folder(tmp_path / "src", 3), tmp_path / "dst"
+    for name in "ac":
+        (src / f"{name}.txt").write_text(name)
+    run(src, dst)
+    expected, shown = (dst / "0001.png").read_bytes(), {}
+
+    def report(outcome, config, thumbnails):
+        shown.update({source: path.read_bytes() for source, path in thumbnails.items()})
+        return b"report"
+
+    monkeypatch.setattr(contact_sheet, "write_report", report)
+    assert [skip.kind for skip in run(src, dst, trigger=None).skipped] == ["no caption"]
+    assert shown == {"b.png": expected}
+    assert (dst / "0001.png").read_bytes() != expected
+
+
+def test_a_mask_that_could_not_be_opened_is_not_taken_for_none(tmp_path, monkeypatch):
+    src, dst = photo_folder(tmp_path / "src", 1), tmp_path / "dst"
+    mask = src / "a-masklabel.png"
+    Image.new("L", (96, 80)).save(mask)
+
+    def closed(read):
+        def opened(path, *more):
+            if path == mask:
+                raise UserError(f"{path}: cannot be read (Permission denied)")
+            return read(path, *more)
+
+        return opened
+
+    with monkeypatch.context() as patched:
+        for name in ("sha256_of", "read_mask"):
+            patched.setattr(examining, name, closed(getattr(examining, name)))
+        assert [skip.kind for skip in run(src, dst).skipped] == ["unreadable mask"]
+    mask.unlink()
+    assert run(src, dst).skipped == ()
+    Image.new("L", (96, 80)).save(mask)
+    assert run(src, dst).masks == 1
+
+
 def test_older_pictures_of_ours_are_taken_away_and_others_files_are_not(tmp_path):
     src, dst = photo_folder(tmp_path / "src", 4), tmp_path / "dst"
     run(src, dst)

@@ -192,6 +192,18 @@ def test_the_mask_and_the_caption_of_a_picture_that_is_left_out_are_listed(tmp_p
     assert_conserved(src, tmp_path / "dst")
 
 
+def test_endings_in_capitals_are_read_too(tmp_path):
+    src = tmp_path / "src"
+    src.mkdir()
+    photo(1).save(src / "IMG_1.PNG")
+    (src / "IMG_1.TXT").write_text("asleep")
+    Image.new("L", (96, 80)).save(src / "IMG_1-masklabel.PNG")
+    outcome = run(src, tmp_path / "dst")
+    assert (outcome.prepared[0].captions, outcome.prepared[0].caption_from) == (("sks dog, asleep",), "IMG_1.TXT")
+    assert (outcome.masks, outcome.skipped) == (1, ())
+    assert_conserved(src, tmp_path / "dst")
+
+
 def test_a_mask_of_another_shape_is_listed(tmp_path):
     src = photo_folder(tmp_path / "src", 1)
     Image.new("L", (50, 80)).save(src / "a-masklabel.png")

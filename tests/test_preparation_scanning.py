@@ -52,6 +52,13 @@ def test_one_mask_belongs_to_one_picture(tmp_path):
     assert len(found) == 3
 
 
+def test_a_mask_whose_ending_has_capitals_belongs_to_its_picture(tmp_path):
+    fill(tmp_path, "a.JPG", "a-masklabel.PNG", "b.PNG", "b-masklabel.png", "c-masklabel.PNG")
+    found = scan(tmp_path)
+    assert found.masks == {"a.JPG": "a-masklabel.PNG", "b.PNG": "b-masklabel.png"}
+    assert [skip.source for skip in found.skipped] == ["c-masklabel.PNG"]
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX")
 def test_what_is_no_regular_file_is_listed_and_never_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")

@@ -30,6 +30,10 @@ from src.preparation.wording import estimate_tokens, word_captions
         (("{trigger} {x} \\1",), {"caption_template": "a {caption}"}, ("a {trigger} {x} \\1",)),
         (("dog",), {"caption_prefix": ("best quality", "dog"), "caption_suffix": ("4k",)}, ("best quality, dog, 4k",)),
         ((), {"caption_prefix": ("best quality",)}, ()),
+        ((), {"caption_prefix": ("best quality",), "caption_template": "{caption}"}, ()),
+        (("",), {"caption_prefix": ("best quality",)}, ()),
+        (("",), {"trigger": "sks dog", "caption_prefix": ("best quality",)}, ("best quality, a photo of sks dog",)),
+        (("", "a"), {"trigger": "sks"}, ("sks, a",)),
         (("a", "a"), {"trigger": "a"}, ("a",)),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -199,8 +200,16 @@ def test_quantised_weights_are_taken_again_where_there_may_be_a_card_and_said_wh
     recipe = replace(RECIPE, quantize="int8")
     card = devices.Card("RTX", 8 << 30, 8 << 30, 0)
     monkeypatch.setattr(devices, "has_apple_gpu", lambda: False)
-    for found, argv, expected in ((card, [], "int8"), (card, ["--quantize", "nf4"], "nf4"), (None, [], None)):
+    spec = importlib.util.find_spec
+    for found, has_package, argv, expected in (
+        (card, True, [], "int8"), (card, True, ["--quantize", "nf4"], "nf4"), (None, True, [], None),
+        (card, False, [], None), (card, True, ["--memory", "low"], None),  # nobody typed what would be refused
+    ):  # fmt: skip
         monkeypatch.setattr(devices, "detect_card", lambda *_, found=found: found)
+        there = {"bitsandbytes": object() if has_package else None}
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, *_, there=there: there[name] if name in there else spec(name)
+        )
         assert draw_again(recipe, *argv)[1].optimization.quantize == expected
     parsed = recipe_orders.from_text_chunks(to_text_chunks(recipe, "Euler", None))
     said: list[str] = []

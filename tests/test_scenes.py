@@ -9,6 +9,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from src.scenes import drawing, facts, grammar
 from src.scenes.grammar import COLOURS, KINDS, SHAPES, SIZE_PX, Background, Scene, Thing
@@ -83,6 +84,44 @@ def test_things_are_where_the_caption_says() -> None:
         assert scene.relation == "inside" or all(gap >= grammar.GAP_PX - 1e-6 for gap in apart)
         for thing in scene.things:
             assert all(thing.radius + 2 <= middle <= SIZE_PX - thing.radius - 2 for middle in (thing.x, thing.y))
+
+
+def test_on_a_lattice_things_stand_between_squares_of_latents_upright_and_in_few_sizes() -> None:
+    """The captions stay what they are; a shape of one size is then the same picture wherever it stands, moved by whole squares."""
+    settled = list(islice(grammar.scenes(3, "train", lattice_px=8), len(SCENES)))
+    assert [scene.caption for scene in settled] == [scene.caption for scene in SCENES]
+    things = [thing for scene in settled for thing in scene.things]
+    assert {place % 8 for thing in things for place in (thing.x, thing.y)} == {0}
+    assert {thing.turn for thing in things} == {0}
+    assert {thing.radius for thing in things} == {16, 20, 24, 36, 44}
+    assert {scene.background.phase for scene in settled if scene.background} == {0}
+    for scene in settled:
+        apart = [math.dist((a.x, a.y), (b.x, b.y)) - a.radius - b.radius for a in scene.things for b in scene.things if a != b]
+        assert scene.relation == "inside" or all(gap >= grammar.GAP_PX for gap in apart)
+        for thing in scene.things:
+            assert all(
+                thing.radius + grammar.MARGIN_PX <= at <= SIZE_PX - thing.radius - grammar.MARGIN_PX
+                for at in (thing.x, thing.y)
+            )
+    striped = next(scene for scene in settled if scene.background and scene.background.kind == "striped")
+    columns = (
+        np.asarray(drawing.background(striped.background).resize((SIZE_PX, 1), Image.Resampling.BOX))
+        .reshape(16, 8, 3)
+        .astype(int)
+    )
+    assert np.ptp(columns, axis=1).max() == 0  # a square has one of the two colours
+    places = {(thing.x, thing.y) for scene in settled if scene.kind == "group" for thing in scene.things}
+    assert len(places) == 36  # each quarter has nine
+
+
+def test_landscapes_stand_on_the_lattice_too() -> None:
+    lands = list(islice(grammar.scenes(5, "train", ("landscape",), lattice_px=8), 200))
+    views = [drawing._view_of(scene.landscape) for scene in lands]
+    places = {
+        place / drawing.FINER % 8 for view in views for place in (*view.house[:2], view.horizon * SIZE_PX * drawing.FINER)
+    }
+    assert places | {place / drawing.FINER % 8 for view in views for tree in view.trees for place in tree[:2]} == {0}
+    assert len({(view.house, tuple(view.trees), tuple(view.hills)) for view in views}) > 150
 
 
 def test_splits_never_share_a_caption_and_unseen_pairs_are_in_one_alone() -> None:
@@ -180,15 +219,15 @@ def test_houses_and_trees_of_landscapes_are_told_where_they_stand() -> None:
     """A cell is a tree's where nearly all of its pixels have the colour of leaves, and the sky above is nothing's."""
     seen = 0
     for scene in islice(grammar.scenes(5, "train", ("landscape",)), 12):
-        found = drawing.shapes_map(scene, 16)
+        found = drawing.shapes_map(scene, 32)  # the middle of a tree lies between cells of 16
         pixels = np.asarray(drawing.draw(scene)).astype(int)
         dark = drawing.DARKER[scene.landscape.time]
         leaves = np.abs(pixels - [round(part * dark) for part in (21, 94, 60)]).max(-1) < 3
         walls = np.abs(pixels - [round(part * max(dark, 0.75)) for part in COLOURS[scene.landscape.house]]).max(-1) < 3
         for mask, kind in ((leaves, "tree"), (walls, "house")):
-            full = mask.reshape(16, 8, 16, 8).mean((1, 3)) > 0.9
+            full = mask.reshape(32, 4, 32, 4).mean((1, 3)) > 0.9
             seen += int(full.sum())
             assert (found[full] == 1 + drawing.TOLD.index(kind)).all()
-        assert not found[:4].any()
+        assert not found[:8].any()
         assert {*np.unique(found)} <= {0, 1 + drawing.TOLD.index("house"), 1 + drawing.TOLD.index("tree")}
     assert seen > 12

@@ -36,6 +36,25 @@ def test_a_folder_of_before_a_setting_was_there_goes_on(copied: Path) -> None:  
     assert phases.as_learnt(older) == phases.as_learnt(known)
 
 
+def test_a_model_goes_on_with_other_scenes_and_says_what_its_parts_learnt_from(made: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
+    model, work = made / "model", ["--work", str(tmp_path / "work")]
+    assert main(["scenes", "--set", "count=40", "--set", "held_out=32", "--set", "lattice_px=0", *work]) == 0
+    assert main(["unpack", "--model", str(model), *work]) == ExitCode.USAGE
+    assert "--set lattice_px=8 --set count=40" in (said := capsys.readouterr().err)
+    assert "or let the model go on with these: --other-scenes" in said
+    assert main(["unpack", "--model", str(model), "--other-scenes", *work]) == 0
+    more = arguments(**{"scenes.lattice_px": 0, "unet.begin_from": model, "unet.steps": 1, "unet.seed": 4})
+    assert main(["unet", "--restart", *work, *more]) == main(["assemble", *work, "--out", str(tmp_path / "more")]) == 0
+    assert (
+        "vae, clip learnt from other scenes (grammar full, lattice_px 8, count 40,"
+        in (tmp_path / "more" / "README.md").read_text()
+    )
+    card = json.loads((tmp_path / "more" / "card.json").read_text())["phases"]
+    assert card["scenes"]["settings"]["lattice_px"] == 0
+    assert card["vae"]["scenes_before"]["lattice_px"] == card["clip"]["scenes_before"]["lattice_px"] == 8
+    assert "scenes_before" not in card["unet"]
+
+
 def test_restart_keeps_latents_and_reports_pass_over_other_files(copied: Path, capsys) -> None:  # noqa: F811
     latents = copied / "unet" / "latents-train-000000" / "manifest.json"
     written = latents.stat().st_mtime_ns

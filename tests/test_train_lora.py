@@ -19,7 +19,7 @@ from src.errors import ExitCode
 from src.generator import TextToImageGenerator
 from src.train_arguments import apply_typed
 from src.train_config import TrainConfig, TrainRun
-from src.training import trainer
+from src.training import latent_cache, trainer
 from src.training.samples import as_drawn
 from tests.tiny import training
 
@@ -202,6 +202,16 @@ def test_the_class_is_drawn_by_the_model_and_trained_beside(
     assert "the pictures or captions changed" in last_error(capsys)
 
 
+def test_class_pictures_are_mirrored_too_and_there_is_room_for_all(
+    data: Path, models: dict[str, Path], tmp_path: Path, monkeypatch
+) -> None:
+    needed = []
+    monkeypatch.setattr(latent_cache, "check_space", lambda folder, needed_bytes: needed.append(needed_bytes))
+    arguments = ("--max_steps", "6", "--flip", "--class_prompt", "a thing", "--num_class_images", "3", "--no-samples")
+    assert training.run(data, models["sd1"], tmp_path / "out", *arguments) == 0  # the sixth visit is to a mirrored one
+    assert needed == [2 * (4 + 3) * 2048]  # mean and deviation of 4 x 8 x 8 numbers of 4 bytes
+
+
 def test_settings_come_from_a_file_and_end_in_the_checkpoint(data: Path, models: dict[str, Path], tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("train:\n  rank: 2\n  max_steps: 1\n  learning_rate: 1e-3\n")
@@ -221,6 +231,9 @@ def test_a_caption_that_becomes_the_sample_prompt_is_taken_literally() -> None:
     dataset = SimpleNamespace(trigger=None, train=[SimpleNamespace(captions=(caption,))])
     train = TrainConfig(sample_prompts=(trainer.usual_prompt(dataset),))
     assert as_drawn(train, Path("nowhere")) == ("a {red|blue} thing, __hue__",)
+    dataset.trigger = "sks__{dog|cat}__"
+    train.sample_prompts = (trainer.usual_prompt(dataset),)
+    assert as_drawn(train, Path("nowhere")) == ("a photo of sks__{dog|cat}__",)
 
 
 def test_a_flag_wins_over_the_length_that_a_file_sets(tmp_path: Path) -> None:

@@ -39,10 +39,10 @@ class Watched:
         self.progress: list[tuple[int, int]] = []
         self.cache = LatentCache(vae, folder / "cache", **{"vae_id": "abc", "device": "cpu", "say": self.said.append} | changes)
 
-    def encode(self, examples: tuple[Example, ...], flip: bool = False) -> int:
+    def encode(self, examples: tuple[Example, ...], flip: bool = False, unmirrored: tuple[Example, ...] = ()) -> int:
         """How many pictures the VAE encoded."""
         self.progress = []
-        self.cache.encode(examples, flip, lambda *numbers: self.progress.append(numbers))
+        self.cache.encode(examples, flip, lambda *numbers: self.progress.append(numbers), unmirrored)
         return self.progress[-1][0] - self.progress[0][0]
 
 
@@ -78,14 +78,19 @@ def test_latents_are_the_vaes_mean_and_deviation(tmp_path: Path, examples, with_
 
 def test_a_full_disk_is_refused_before_anything_is_encoded(tmp_path: Path, vae, examples, monkeypatch) -> None:
     """Mean and deviation of 4 channels in 4 bytes at each eighth pixel, of each picture and its mirror image."""
-    needed = sum(2 * 4 * 4 * (item.size_px[0] // 8) * (item.size_px[1] // 8) for item in examples) * 2
+    mirrored, unmirrored = examples[:2], examples[2:]
+    pictures = [*mirrored, *mirrored, *unmirrored]
+    needed = sum(2 * 4 * 4 * (item.size_px[0] // 8) * (item.size_px[1] // 8) for item in pictures)
     watched = Watched(vae, tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: (2**30, 2**30, needed - 1))
     with pytest.raises(UserError, match=f"{needed:,} bytes are needed"):
-        watched.encode(examples, flip=True)
-    assert watched.progress == [(0, 6)]
+        watched.encode(mirrored, flip=True, unmirrored=unmirrored)
+    assert watched.progress == [(0, 5)]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: (2**30, 2**30, needed))
-    assert watched.encode(examples, flip=True) == 6
+    assert watched.encode(mirrored, flip=True, unmirrored=unmirrored) == 5
+    assert watched.cache.get(unmirrored[0])
+    with pytest.raises(UserError, match="latents are gone"):
+        watched.cache.get(unmirrored[0], flip=True)
 
 
 def test_a_sample_is_the_vaes_own_with_the_same_noise(tmp_path: Path, vae, examples) -> None:

@@ -163,6 +163,9 @@ class _Drawn:
     def missing(self) -> list[int]:
         return [index for index in range(len(self.scenes)) if not self.path(index).is_file()]
 
+    def holds_pictures(self) -> bool:
+        return len(self.missing()) < len(self.scenes)
+
     def check_same(self) -> None:
         """Say what is kept of an earlier run; refuse another run's pictures. Then the folder is this run's."""
         if (self.folder / RESULT).is_file():
@@ -179,6 +182,8 @@ class _Drawn:
                 raise refused(f"{self.folder}: {why}; choose another --output, or delete it")
             kept = len(self.scenes) - len(self.missing())
             self._say(f"kept    {kept} pictures drawn before in {self.folder / PICTURES}")
+        elif self.holds_pictures():
+            raise refused(f"{self.folder / PICTURES}: nobody knows what drew these; choose another --output, or delete them")
         check_writable_folder(self.folder / PICTURES)
         self.write({})
 
@@ -241,6 +246,8 @@ def _check_drawn(source: Path, folder: Path, say: Say) -> int:
     except (KeyError, TypeError, AttributeError):
         raise refused(f"{source / RESULT}: its scenes cannot be read; name a folder that this verb has drawn") from None
     drawn = _Drawn(source, facts, scenes, say)
+    if folder.resolve() != source.resolve() and _Drawn(folder, facts, scenes, say).holds_pictures():
+        raise usage_error(f"{folder}: holds the pictures of another run; name an --output of its own, or {source} itself")
     if missing := drawn.missing():
         raise not_found(
             f"{drawn.path(missing[0])}: not there, nor {len(missing) - 1} others; draw them first, without --pictures"

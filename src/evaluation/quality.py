@@ -141,11 +141,16 @@ def read_comparison(options: argparse.Namespace, say: Callable[[str], None]) -> 
 
 
 def _draw_scenes(output: Path, count: int, say: Callable[[str], None]) -> Side:
-    """Scenes as `adherence` asks for by default, in OUTPUT/real; what is there and was not drawn here is moved aside."""
+    """Scenes as `adherence` asks for by default, placed as those that the embedded model learnt from, in OUTPUT/real.
+
+    What is there and was not drawn here is moved aside.
+    """
     from src.evaluation.skills import choose
     from src.scenes.drawing import draw
+    from src.scenes.grammar import LATTICE_PX
 
-    pictures = {f"{index:05}.png": encode_png(draw(scene), {}) for index, scene in enumerate(choose(count, 0, "both"))}
+    scenes = choose(count, 0, "both", lattice_px=LATTICE_PX)
+    pictures = {f"{index:05}.png": encode_png(draw(scene), {}) for index, scene in enumerate(scenes)}
     folder = output / "real"
     if os.path.lexists(folder) and not _is_ours(folder):
         say(f"{folder}: holds what was not drawn here; it is now {folders.set_aside(folder).name}")

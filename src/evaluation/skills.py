@@ -177,23 +177,24 @@ def _line(name: str, share: Share) -> str:
     return f"{name:<22}{share.value:>6.3f}  {f'{share.interval[0]:.3f} to {share.interval[1]:.3f}':<14}{share.count:>6}"
 
 
-def choose(count: int, seed: int, split: str, among: str = "full") -> list[Scene]:
+def choose(count: int, seed: int, split: str, among: str = "full", lattice_px: int = 0) -> list[Scene]:
     """``count`` scenes, of each kind equally many, their captions as different as there are any.
 
-    ``both``: half held-out, half unseen combinations. ``among`` is one of `grammar.GRAMMARS`. Raises UserError (usage).
+    ``both``: half held-out, half unseen combinations. ``among`` is one of `grammar.GRAMMARS`, ``lattice_px`` as
+    `grammar.scenes` has it: it changes no caption. Raises UserError (usage).
     """
     if count < 1:
         raise usage_error(f"--count {count}: draw at least one picture")
     if split == "both":
         return [
-            *choose(count - count // 2, seed, "held-out", among),
-            *(choose(count // 2, seed, "unseen", among) if count > 1 else []),
+            *choose(count - count // 2, seed, "held-out", among, lattice_px),
+            *(choose(count // 2, seed, "unseen", among, lattice_px) if count > 1 else []),
         ]
     kinds = [kind for kind in grammar.GRAMMARS[among] if kind != "landscape" or split != "unseen"]
     found: list[Scene] = []
     for index, kind in enumerate(kinds):
         share = count // len(kinds) + (index < count % len(kinds))
-        found += islice(_distinct(grammar.scenes(seed, split, (kind,), among)), share)
+        found += islice(_distinct(grammar.scenes(seed, split, (kind,), among, lattice_px)), share)
     return found
 
 

@@ -194,6 +194,12 @@ def _find_sources(path: Path) -> list[_Source]:
     return [_Source(files[0])]
 
 
+def known_files(folder: Path) -> list[Path]:
+    """What is in a folder of the files that `read_adapter` finds there by their names: diffusers' one and all of PEFT's."""
+    of_peft = [Path(part, name) for part in ("", *_PEFT_FOLDERS) for name in (_PEFT_FILE, _PEFT_SETTINGS)]
+    return [file for name in (_DIFFUSERS_FILE, *of_peft) if (file := folder / name).is_file()]
+
+
 def _is_peft(folder: Path) -> bool:
     return (folder / _PEFT_SETTINGS).is_file()
 

@@ -12,9 +12,9 @@ from src import files
 from src.errors import UserError, refused, usage_error
 from src.lora.arithmetic import added, norm, resized, total_kept
 from src.lora.formats import LoraLayer, Where
-from src.lora.headers import AdapterFacts, facts_in
+from src.lora.headers import ZERO_TERMINAL_SNR, AdapterFacts, facts_in
 from src.lora.names import canonical
-from src.lora.reading import Adapter, parse_adapter, read_adapter
+from src.lora.reading import Adapter, known_files, parse_adapter, read_adapter
 from src.lora.writing import DIFFUSERS_FILE, adapter_files
 from src.request import LoraChoice
 
@@ -54,9 +54,12 @@ def merge(choices: Sequence[LoraChoice], rank: int | None, wanted: Wanted) -> li
         layers, kept = resized("the sum", layers, rank)
         lines = _energy_lines(layers, kept, rank)
     triggers = dict.fromkeys(item.trigger for item in facts if item.trigger)
+    extra = {"modelspec.merged_from": ", ".join(f"{item.name}:{choice.weight:g}" for item, choice in zip(facts, choices))}
+    if any(adapter.has_zero_terminal_snr for adapter in adapters):
+        extra[ZERO_TERMINAL_SNR] = "True"
     merged = replace(
         facts[0], name=wanted.name or "+".join(item.name for item in facts), trigger=", ".join(triggers) or None, steps=None,
-        extra={"modelspec.merged_from": ", ".join(f"{item.name}:{choice.weight:g}" for item, choice in zip(facts, choices))},
+        extra=extra,
     )  # fmt: skip
     return lines + _save(layers, merged, adapters[0], wanted)
 
@@ -107,12 +110,14 @@ def _save(layers: Mapping[Where, LoraLayer], facts: AdapterFacts, first: Adapter
     if {(component, canonical(component, module)) for component, module in read} != {(c, canonical(c, m)) for c, m in layers}:
         raise UserError(f"{wanted.output}: not written: reading it back gives other layers; please report this")
     targets = _targets(contents, form, wanted.output)
-    taken = [target for target in targets if target.exists()]
+    others = [file for file in known_files(wanted.output) if file not in targets]  # the folder would mean them, too, or only
+    taken = [*filter(Path.exists, targets), *others]
     if taken and not wanted.force:
         raise usage_error(f"{taken[0]}: is there already; --force replaces it, --output names another place")
     for target, data in targets.items():
         files.check_writable_folder(target.parent)
         files.publish_bytes(target, data)
+    files.delete_files(others)
     ranks = sorted({layer.rank for layer in layers.values()})
     size = sum(map(len, targets.values()))
     span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"

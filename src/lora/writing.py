@@ -255,6 +255,7 @@ def _serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> by
     data = save(dict(tensors))
     end = 8 + int.from_bytes(data[:8], "little")
     header = {"__metadata__": dict(metadata), **json.loads(data[8:end])}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    # "replace": a name may come from a folder's, which need not be text
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace")
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + data[end:]

@@ -118,7 +118,8 @@ def parse_examined(facts: Mapping[str, Any]) -> Examined:
 def _key(desk: Desk, result: Examined) -> str:
     mask_sha256 = ""
     if result.mask is not None:
-        with contextlib.suppress(UserError):  # said when the mask itself is read
+        mask_sha256 = "unreadable"  # which is not the same as no mask; why is said when it is read itself
+        with contextlib.suppress(UserError):
             mask_sha256 = sha256_of(desk.root / result.mask)
     # With its name: of two equal files each has its own result.
     recipe = [VERSION, result.source, result.source_sha256, mask_sha256, desk.config.pixel_settings()]

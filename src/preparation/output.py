@@ -89,7 +89,7 @@ class Destination:
         self.files = files
 
     def place_of(self, picture: Examined) -> Path:
-        """Where a picture's PNG lies before :meth:`publish`: on the shelf, or still under the name of an earlier run."""
+        """Where a picture's PNG lies that has no name yet: on the shelf, or still under the name of an earlier run."""
         place = self.shelf / f"{picture.key}.png"
         return place if place.exists() else self.known.get(picture.key, ({}, place))[1]
 

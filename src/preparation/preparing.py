@@ -124,9 +124,13 @@ def _prepare(
             "trigger": clean(config.trigger) if config.trigger else None, "settings": config.recorded(),
             "counts": outcome.counts(), "skipped": [asdict(skip) for skip in skipped],
         }  # fmt: skip
-        drawn = {item.source: destination.place_of(item) for item in examined if item.sha256}
-        thumbnails = {skip.source: drawn[skip.source] for skip in skipped if skip.source in drawn}
-        destination.publish(prepared, facts, lambda: write_report(outcome, config, thumbnails))
+        sources = {skip.source for skip in skipped}
+        left_out = [item for item in examined if item.sha256 and item.source in sources]
+
+        def report() -> bytes:  # asked for when pictures of an earlier run have made way for those of this one
+            return write_report(outcome, config, {item.source: destination.place_of(item) for item in left_out})
+
+        destination.publish(prepared, facts, report)
     return outcome
 
 
@@ -159,11 +163,12 @@ def _worded(
     item: Examined, captions: FoundCaptions, described: tuple[str, str] | None, config: PrepareConfig, src: Path
 ) -> Prepared:
     path = src / item.source
-    found = captions.texts[path] or (described[1:] if described else ())
+    captioner, description = described or ("", "")
+    found = captions.texts[path] or tuple(filter(None, [description]))
     if captions.texts[path]:
         origin = captions.origins[path].relative_to(src).as_posix() if path in captions.origins else "folder name"
     else:
-        origin = described[0] if described else "template"
+        origin = captioner if description else "template"
     worded = word_captions(found, config)
     return Prepared(item, worded, origin if worded else "", repeats_of(src, path), described=described)
 

@@ -102,10 +102,11 @@ def _walk(root: Path, skipped: list[Skip]) -> list[tuple[str, os.stat_result | N
 
 
 def _pair_masks(inventory: Inventory, masks: list[str]) -> None:
-    """Give each picture NAME its NAME-masklabel.png; what then is left over is listed."""
+    """Give each picture NAME its NAME-masklabel.png, or .PNG; what then is left over is listed."""
     free = set(masks)
+    spelled = {Path(mask).with_suffix(Path(mask).suffix.lower()): mask for mask in sorted(masks)}  # small letters come last
     for picture in inventory.pictures:
-        mask = Path(picture).with_name(f"{Path(picture).stem}{MASK_ENDING}.png").as_posix()
+        mask = spelled.get(Path(picture).with_name(f"{Path(picture).stem}{MASK_ENDING}.png"))
         if mask in free:
             inventory.masks[picture] = mask
             free.remove(mask)

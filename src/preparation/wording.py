@@ -24,6 +24,7 @@ def word_captions(captions: Sequence[str], config: PrepareConfig) -> tuple[str, 
     and suffixes that a caption holds already are not repeated.
     """
     trigger, template = clean(config.trigger or ""), config.caption_template
+    captions = list(filter(None, captions))  # a captioner may have found no words
     if "{caption}" in template:
         worded = [_filled(template, trigger, caption) for caption in captions or [""]]
     elif captions:
@@ -32,8 +33,8 @@ def word_captions(captions: Sequence[str], config: PrepareConfig) -> tuple[str, 
         worded = [_filled(template, trigger, "")]
     else:
         return ()
-    worded = [_with_words(config.caption_prefix, caption, config.caption_suffix) for caption in worded]
-    return tuple(dict.fromkeys(filter(None, worded)))
+    worded = [_with_words(config.caption_prefix, caption, config.caption_suffix) for caption in worded if caption]
+    return tuple(dict.fromkeys(worded))
 
 
 def estimate_tokens(caption: str) -> int:

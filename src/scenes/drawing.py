@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from random import Random
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from src.scenes.grammar import COLOURS, SHAPES, SIZE_PX, Background, Landscape, Scene, Thing
+from src.scenes.grammar import COLOURS, SHAPES, SIZE_PX, Background, Chance, Landscape, Scene, Thing
 
 FINER = 4  # drawn so many times larger, then averaged
 CELL_POINTS = 4  # squared: so many points of a cell say what it shows
@@ -146,21 +145,24 @@ class View:
 
 
 def _view_of(land: Landscape) -> View:
-    random, size = Random(land.seed), SIZE_PX * FINER
-    horizon = random.uniform(0.5, 0.6)
-    x = random.choice((0.2, 0.8)) * size + random.uniform(-0.05, 0.05) * size
-    y = (horizon - 0.06 if land.time == "at sunset" else random.uniform(0.15, 0.22)) * size
+    random, size = Chance(land.seed, land.lattice_px), SIZE_PX * FINER
+
+    def place(low: float, high: float) -> float:
+        """Between two shares of the picture's side, in pixels of the large canvas."""
+        return random.place(low * SIZE_PX, high * SIZE_PX) * FINER
+
+    horizon = place(0.5, 0.6)
+    x = random.choice((0.2, 0.8))
+    light = (place(x - 0.05, x + 0.05), horizon - 0.06 * size if land.time == "at sunset" else place(0.15, 0.22))
     stars = [
-        (random.uniform(0, size), random.uniform(0, horizon * size * 0.9), random.uniform(1.5, 3.5))
+        (place(0, 1), place(0, horizon / size * 0.9), random.free(1.5, 3.5, 2.5))
         for _ in range(14 if land.time == "at night" else 0)
     ]
-    hills = [random.uniform(0, 6.3) for _ in range(2)]
-    places = random.sample([0.16, 0.39, 0.61, 0.84], land.trees + 1)
-    house = (places[0] * size, (horizon + random.uniform(0.26, 0.32)) * size, size)
-    trees = [
-        (place * size, (horizon + random.uniform(0.2, 0.34)) * size, size * random.uniform(0.9, 1.1)) for place in places[1:]
-    ]
-    return View(horizon, (x, y), stars, hills, house, trees)
+    hills = [random.rounded(random.uniform(0, 2 * math.pi), math.pi / 2 if land.lattice_px else 0) for _ in range(2)]
+    places = [share * size for share in random.sample([0.125, 0.375, 0.625, 0.875], land.trees + 1)]
+    house = (places[0], horizon + place(0.26, 0.32), size)
+    trees = [(x, horizon + place(0.2, 0.34), size * random.free(0.9, 1.1, 1)) for x in places[1:]]
+    return View(horizon / size, light, stars, hills, house, trees)
 
 
 def _landscape(land: Landscape) -> Image.Image:

@@ -8,10 +8,13 @@
 A background is ``white background``, ``blue to white gradient background`` (from above), ``red and white striped background``
 or ``green and yellow dotted background`` (yellow dots). The words, colours and plain backgrounds of the first model's grammar
 are in it.
+
+Where things stand, how large they are and how far they are turned is left to chance, or rounded: `Chance`.
 """
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -45,6 +48,7 @@ NUMBERS = {2: "two", 3: "three", 4: "four"}
 SIZES_PX = {"small": (13, 16), None: (20, 26), "large": (34, 40)}  # radius
 PAIR_PX, GROUP_PX, OUTER_PX, INNER_PX = (17, 24), (17, 23), (42, 48), (15, 18)
 ROOMY = ("circle", "square", "diamond", "heart")  # shapes that another one fits into
+LATTICE_PX = 8  # the side of what one latent covers
 GAP_PX = 8  # at least this much background between two things
 MARGIN_PX = 4
 HOUSES, HILLS = ("red", "blue", "yellow", "white", "orange", "purple"), ("green", "yellow", "brown", "white")
@@ -84,13 +88,14 @@ class Background:
 
 @dataclass(frozen=True)
 class Landscape:
-    """A house among trees on hills. ``seed`` decides where everything stands."""
+    """A house among trees on hills. ``seed`` decides where everything stands, on a lattice of so many pixels (0: anywhere)."""
 
     house: str
     trees: int
     hills: str
     time: str
     seed: int
+    lattice_px: int = 0
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,43 @@ class Scene:
         return Scene(**{**data, "things": things, "background": background, "landscape": landscape})
 
 
+class Chance(Random):
+    """Random numbers, of which those that place things can be rounded to a lattice.
+
+    A VAE sees squares of 8 x 8 pixels. A shape that may stand at any pixel, in any size and a little turned, is thousands of
+    patterns of latents; upright, in one size and with its middle between four squares it is one. The rounding comes after the
+    drawing of lots, so a seed's captions are the same on every lattice.
+    """
+
+    def __init__(self, seed: object, lattice_px: int) -> None:
+        super().__init__(seed)  # type: ignore[arg-type]
+        self.lattice_px = lattice_px
+
+    def place(self, low: float, high: float) -> float:
+        """A number of pixels between two that lie on the lattice, or nearly."""
+        return self.rounded(self.uniform(low, high), self.lattice_px)
+
+    def size(self, low: float, high: float) -> float:
+        """A radius: with a lattice always the same, the middle of both, in half steps of it."""
+        free = self.uniform(low, high)
+        return self.rounded((low + high) / 2, self.lattice_px / 2) if self.lattice_px else free
+
+    def free(self, low: float, high: float, settled: float) -> float:
+        """Something else, which has one value with a lattice."""
+        drawn = self.uniform(low, high)
+        return settled if self.lattice_px else drawn
+
+    def within(self, middle: float, margin: float) -> float:
+        """A place on the lattice, moved so far that at least ``margin`` pixels of the picture are on both sides."""
+        least = math.ceil(margin / self.lattice_px) * self.lattice_px if self.lattice_px else margin
+        return min(max(middle, least), SIZE_PX - least)
+
+    @staticmethod
+    def rounded(value: float, step: float) -> float:
+        """To the nearest multiple; to none for a step of 0."""
+        return round(value / step) * step if step else value
+
+
 def is_unseen(colour: str, shape: str) -> bool:
     """Whether this combination never occurs in training: one colour of each shape."""
     return (list(COLOURS).index(colour) - 5 * SHAPES.index(shape)) % len(COLOURS) == 3
@@ -141,15 +183,17 @@ def belongs(scene: Scene, grammar: str) -> bool:
     return is_plain and scene.kind in GRAMMARS[grammar] and scene.relation != "inside"
 
 
-def scenes(seed: int, split: str, kinds: tuple[str, ...] | None = None, grammar: str = "full") -> Iterator[Scene]:
+def scenes(
+    seed: int, split: str, kinds: tuple[str, ...] | None = None, grammar: str = "full", lattice_px: int = 0
+) -> Iterator[Scene]:
     """Endlessly many scenes of one split, always the same ones for a seed. No two processes need to agree on anything else.
 
-    Of all ``kinds`` that the ``grammar`` has, or of some of them.
+    Of all ``kinds`` that the ``grammar`` has, or of some of them. Their captions are the same on every lattice (`Chance`).
     """
     kinds = GRAMMARS[grammar] if kinds is None else kinds
     if split not in SPLITS:
         raise ValueError(f"split '{split}' is not known; choose {', '.join(SPLITS)}")
-    random = Random(f"scenes {seed} {split}")
+    random = Chance(f"scenes {seed} {split}", lattice_px)
     weights = [KINDS[kind] for kind in kinds]
     while True:
         (kind,) = random.choices(kinds, weights)
@@ -158,18 +202,18 @@ def scenes(seed: int, split: str, kinds: tuple[str, ...] | None = None, grammar:
             yield scene
 
 
-def _one(random: Random) -> Scene:
+def _one(random: Chance) -> Scene:
     size = random.choice((None, None, "small", "large"))
     position = random.choice((None, *POSITIONS))
     background = _background(random)
-    radius = random.uniform(*SIZES_PX[size])
+    radius = random.size(*SIZES_PX[size])
     where = (0.5, 0.5) if position is None else POSITIONS[position]
-    x, y = (_within(SIZE_PX * share + random.uniform(-7, 7), radius) for share in where)
+    x, y = (random.within(SIZE_PX * share + random.place(-7, 7), MARGIN_PX + radius) for share in where)
     colour = _colour(random, background.colours)
     shape = random.choice(SHAPES)
     is_outlined = shape != "ring" and random.random() < 0.2
     outline = _colour(random, (*background.colours, colour)) if is_outlined else None
-    thing = Thing(shape, colour, x, y, radius, random.uniform(-8, 8), size, outline)
+    thing = Thing(shape, colour, x, y, radius, random.free(-8, 8, 0), size, outline)
     words = [word for word in (size, colour, shape) if word]
     caption = _with_article(" ".join(words))
     caption += f" with {_with_article(outline)} outline" if outline else ""
@@ -180,60 +224,60 @@ def _one(random: Random) -> Scene:
     return Scene("one", caption, (thing,), background, position)
 
 
-def _pair(random: Random) -> Scene:
+def _pair(random: Chance) -> Scene:
     relation, background = random.choice(RELATIONS), _background(random)
     colours = [_colour(random, background.colours)]
     colours.append(_colour(random, (*background.colours, colours[0])))
     shapes = [random.choice(SHAPES), random.choice(ROOMY if relation == "inside" else SHAPES)]
     if relation == "inside":
-        x, y, outer = 64 + random.uniform(-12, 12), 64 + random.uniform(-12, 12), random.uniform(*OUTER_PX)
-        places = [(x, y, random.uniform(*INNER_PX)), (x, y, outer)]
+        x, y, outer = 64 + random.place(-12, 12), 64 + random.place(-12, 12), random.size(*OUTER_PX)
+        places = [(x, y, random.size(*INNER_PX)), (x, y, outer)]
     else:
         places = _side_by_side(random, relation)
     things = tuple(
-        Thing(shape, colour, x, y, radius, random.uniform(-8, 8))
+        Thing(shape, colour, x, y, radius, random.free(-8, 8, 0))
         for shape, colour, (x, y, radius) in zip(shapes, colours, places)
     )
     names = [_with_article(f"{thing.colour} {thing.shape}") for thing in things]
     return Scene("pair", f"{names[0]} {relation} {names[1]} on {describe(background)}", things, background, relation=relation)
 
 
-def _side_by_side(random: Random, relation: str) -> list[tuple[float, float, float]]:
+def _side_by_side(random: Chance, relation: str) -> list[tuple[float, float, float]]:
     """Two places with a gap between; the first is clearly on the side that the relation names, ``and`` leaves it open."""
-    first, second = random.uniform(*PAIR_PX), random.uniform(*PAIR_PX)
+    first, second = random.size(*PAIR_PX), random.size(*PAIR_PX)
     direction = random.choice(RELATIONS[:4]) if relation == "and" else relation
-    apart = first + second + GAP_PX + random.uniform(0, 10)
-    start = MARGIN_PX + first + random.uniform(0, max(0.0, SIZE_PX - 2 * MARGIN_PX - first - second - apart))
-    across = 64 + random.uniform(-16, 16)
+    apart = first + second + GAP_PX + random.place(0, 10)
+    start = MARGIN_PX + first + random.place(0, max(0.0, SIZE_PX - 2 * MARGIN_PX - first - second - apart))
+    across = 64 + random.place(-16, 16)
     along = (start, start + apart)
     if direction in ("right of", "below"):
         along = (SIZE_PX - along[0], SIZE_PX - along[1])
-    others = (across + random.uniform(-5, 5), across + random.uniform(-5, 5))
+    others = (across + random.place(-5, 5), across + random.place(-5, 5))
     if direction in ("left of", "right of"):
         return [(along[0], others[0], first), (along[1], others[1], second)]
     return [(others[0], along[0], first), (others[1], along[1], second)]
 
 
-def _group(random: Random) -> Scene:
+def _group(random: Chance) -> Scene:
     """Things alike, each somewhere in a quarter of the picture that is its own."""
     number, background = random.choice(list(NUMBERS)), _background(random)
-    shape, colour, radius = random.choice(SHAPES), _colour(random, background.colours), random.uniform(*GROUP_PX)
+    shape, colour, radius = random.choice(SHAPES), _colour(random, background.colours), random.size(*GROUP_PX)
     low, high = MARGIN_PX + radius, (SIZE_PX - GAP_PX) / 2 - radius  # of the first quarter
 
     def within(is_second: bool) -> float:
-        place = random.uniform(low, high)
+        place = random.place(low, high)
         return SIZE_PX - place if is_second else place
 
     places = [(within(quarter % 2 == 1), within(quarter >= 2)) for quarter in random.sample(range(4), number)]
-    things = tuple(Thing(shape, colour, x, y, radius, random.uniform(-8, 8)) for x, y in places)
+    things = tuple(Thing(shape, colour, x, y, radius, random.free(-8, 8, 0)) for x, y in places)
     plural = f"{shape}es" if shape.endswith("s") else f"{shape}s"
     return Scene("group", f"{NUMBERS[number]} {colour} {plural} on {describe(background)}", things, background)
 
 
-def _landscape(random: Random) -> Scene:
+def _landscape(random: Chance) -> Scene:
     hills = random.choice(HILLS)
     house = random.choice([colour for colour in HOUSES if colour != hills])  # on its own colour it is hardly to be seen
-    land = Landscape(house, random.choice(list(TREES)), hills, random.choice(TIMES), random.getrandbits(32))
+    land = Landscape(house, random.choice(list(TREES)), hills, random.choice(TIMES), random.getrandbits(32), random.lattice_px)
     caption = f"{_with_article(land.house)} house and {TREES[land.trees]} on {land.hills} hills {land.time}"
     return Scene("landscape", caption, landscape=land)
 
@@ -252,20 +296,16 @@ def describe(background: Background) -> str:
     return _with_article(words[background.kind].format(*background.colours)) + " background"
 
 
-def _background(random: Random) -> Background:
+def _background(random: Chance) -> Background:
     (kind,) = random.choices(("plain", "gradient", "striped", "dotted"), (64, 16, 12, 8))
     if kind == "plain":
         return Background(kind, (random.choice(PLAIN),))
     colours = random.choice(GRADIENTS if kind == "gradient" else STRIPES)
-    return Background(kind, colours if random.random() < 0.5 else colours[::-1], random.random())
+    return Background(kind, colours if random.random() < 0.5 else colours[::-1], random.free(0, 1, 0))
 
 
-def _colour(random: Random, taken: tuple[str, ...]) -> str:
+def _colour(random: Chance, taken: tuple[str, ...]) -> str:
     return random.choice([colour for colour in COLOURS if colour not in taken])
-
-
-def _within(middle: float, radius: float) -> float:
-    return min(max(middle, MARGIN_PX + radius), SIZE_PX - MARGIN_PX - radius)
 
 
 def _with_article(words: str) -> str:

@@ -21,7 +21,7 @@ _RECIPE = ("work", "config", "set", "quick", "restart")
 TAKES: dict[str, tuple[str, ...]] = {  # the flags of each verb; others would change nothing
     **dict.fromkeys(PHASES, _RECIPE), "all": (*_RECIPE, "out"), "assemble": ("work", "config", "set", "quick", "out"),
     "interpolate": ("model", "out", "prompt", "picture", "seed", "count"), "reconstruct": ("model", "out", "picture"),
-    "around": ("model", "out", "picture", "seed", "count"), UNPACK: ("model", "work"),
+    "around": ("model", "out", "picture", "seed", "count"), UNPACK: ("model", "work", "other_scenes"),
 }  # fmt: skip
 DESCRIPTION = f"""Train a small Stable Diffusion from random weights on pictures that are drawn here.
 
@@ -53,6 +53,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag(("--set",), "one setting: vae.steps=3000, or steps=3000 of the named phase", metavar="NAME=VALUE", repeat=True),
         switch("--quick", "configs/scratch/quick.yaml: the lesson: small and soon done"),
         switch("--restart", "forget what the named phase has learnt"),
+        switch("--other-scenes", "of unpack: the model goes on with scenes that its parts did not learn from"),
     ),
     "tools": (
         Flag(("--model",), "a model's folder (default: models/embedded)", metavar="DIR"),
@@ -103,7 +104,7 @@ def _run(argv: Sequence[str], terminal: Terminal) -> int:
         from src.scratch.assemble import unpack
 
         model = model_folder(typed.get("model"))
-        unpack(model, Work(work_folder, terminal.say))
+        unpack(model, Work(work_folder, terminal.say), "other_scenes" in typed)
         terminal.say(f"{model}: its parts are in {work_folder}")
         return ExitCode.OK
     device_of(settings.machine)  # refused now if it is not there, not after an hour

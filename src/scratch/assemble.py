@@ -14,8 +14,9 @@ from src import folders
 from src.checkpoints import CheckpointFolder
 from src.errors import refused, usage_error
 from src.model_files import EMBEDDED
-from src.scratch.card import CARD, PAGE, PARTS, SAMPLES, files_of, make_card, page_of, read_card
-from src.scratch.phases import Work, as_learnt
+from src.scratch.card import CARD, PAGE, PARTS, SAMPLES, SCENES_BEFORE, files_of, make_card, page_of, read_card
+from src.scratch.phases import Work, as_learnt, settings_of
+from src.scratch.settings import ScratchSettings
 from src.terminal import Terminal
 
 MAX_SHIPPED_BYTES = 40_000_000  # of the model that everybody gets with the project
@@ -63,24 +64,29 @@ def assemble(work: Work, out: Path, terminal: Terminal) -> dict[str, Any]:
     return card
 
 
-def unpack(model: Path, work: Work) -> None:
+def unpack(model: Path, work: Work, other_scenes: bool = False) -> None:
     """Publish the parts of a model that was assembled as phases in ``work``, whose scenes are those that it learnt from.
 
-    What is there already stays, so the same call goes on after a kill. Raises UserError: not found or refused for a folder that
-    was not assembled, usage where another phase is, or other scenes are.
+    With ``other_scenes`` they may be others, which the parts' facts then say. What is there already stays, so the same call
+    goes on after a kill. Raises UserError: not found or refused for a folder that was not assembled, usage where another
+    phase is, or other scenes are.
     """
     card = read_card(model)
     parts = {phase: files_of(model, card, phase) for phase in UNPACKED}
     waiting = [phase for phase in UNPACKED if not _is_there(work, phase, parts[phase])]
     drawn, learnt = work.result("scenes").facts, card["phases"]["scenes"]
-    if as_learnt(drawn["settings"]) != as_learnt(learnt["settings"]) or drawn["figures"] != learnt["figures"]:
-        asked = " ".join(f"--set {name}={value}" for name, value in learnt["settings"].items())
+    before = as_learnt(learnt["settings"])
+    asked = {name: before[name] for name in settings_of(ScratchSettings(), "scenes")}
+    are_same = as_learnt(drawn["settings"]) == before and drawn["figures"] == learnt["figures"]
+    if not are_same and not other_scenes:
+        typed = " ".join(f"--set {name}={value}" for name, value in asked.items())
         raise usage_error(
-            f"{work.of('scenes')}: are other scenes; run python -m src.scratch scenes {asked} --work {work.folder}"
+            f"{work.of('scenes')}: are other scenes; run python -m src.scratch scenes {typed} --work {work.folder}, or let the "
+            "model go on with these: --other-scenes"
         )
     for phase in waiting:
         facts = {"settings": card["phases"][phase]["settings"], "inputs": work.inputs(phase)}
-        facts["figures"] = card["phases"][phase]["figures"]
+        facts |= {"figures": card["phases"][phase]["figures"]} | ({} if are_same else {SCENES_BEFORE: asked})
         CheckpointFolder(work.of(phase), work.say).publish("final", parts[phase], facts)
 
 

@@ -17,6 +17,7 @@ from src.scratch.tokenizer import TOKENIZER_FILES
 CARD, PAGE, SAMPLES = "card.json", "README.md", "samples.png"
 SKILL = "adherence, "  # how the figures of the last examination are called
 BEGAN_FROM = "began_from.json"  # beside a U-Net that went on learning: what the model before says of its own
+SCENES_BEFORE = "scenes_before"  # settings of the scenes that a phase learnt from, where the model's are others now
 PARTS = {"unet": "unet", "vae": "vae", "tokenizer": "tokenizer", "clip": "clip"}  # folder: phase
 LAYERS = "transformer_layers"  # may be more than the model's: `src.scratch.unet.deepened`
 BUILD = ("channels", "layers", "attention_levels", "head_width")  # settings that a U-Net's weights depend on
@@ -99,7 +100,8 @@ def make_card(work: Work, inputs: dict[str, str], names: list[str]) -> dict[str,
         for name, value in one.facts["settings"].items()
         if value != settings_of(usual, phase)[name]
     ]
-    phases = {phase: {part: dict(one.facts[part]) for part in ("settings", "figures")} for phase, one in results.items()}
+    told = ("settings", "figures", SCENES_BEFORE)
+    phases = {phase: {part: dict(one.facts[part]) for part in told if part in one.facts} for phase, one in results.items()}
     if begun := phases["unet"]["settings"].get("begin_from"):
         phases["unet"]["settings"]["begin_from"] = Path(begun).name
     unet = results["unet"]
@@ -147,4 +149,9 @@ def _made_by(card: dict[str, Any]) -> list[str]:
         cards.insert(0, cards[0]["began_from"])
     begins = ["Made", *["its U-Net went on"] * (len(cards) - 1)]
     notes = [f" ({one['note'].rstrip('.')})" if "note" in one else "" for one in cards]
-    return [f"{begin} by `{one['command']}`{note};" for begin, one, note in zip(begins, cards, notes)]
+    made = [f"{begin} by `{one['command']}`{note};" for begin, one, note in zip(begins, cards, notes)]
+    if parts := [phase for phase, one in card["phases"].items() if SCENES_BEFORE in one]:
+        scenes = card["phases"][parts[0]][SCENES_BEFORE]
+        drawn = ", ".join(f"{name} {value}" for name, value in scenes.items())
+        made.append(f"{', '.join(parts)} learnt from other scenes ({drawn});")
+    return made

@@ -56,8 +56,9 @@ class Pictures:
 def draw_scenes(work: Work, settings: ScratchSettings, terminal: Terminal) -> dict[str, float]:
     """Draw the scenes of training and those that judge, and publish them."""
     counts = {"train": settings.scenes.count, "held-out": settings.scenes.held_out}
+    of = settings.scenes
     jobs = [
-        (settings.scenes.seed * 1_000_000 + start, split, min(SHARD, count - start), settings.scenes.grammar)
+        (of.seed * 1_000_000 + start, split, min(SHARD, count - start), of.grammar, of.lattice_px)
         for split, count in counts.items()
         for start in range(0, count, SHARD)
     ]
@@ -68,7 +69,7 @@ def draw_scenes(work: Work, settings: ScratchSettings, terminal: Terminal) -> di
     # "spawn": a forked child would hold this process's threads, and wait for them forever.
     pool = ProcessPoolExecutor(min(len(jobs), _cores(), MAX_POOL), multiprocessing.get_context("spawn"), _leave_interrupts)
     try:
-        for (seed, split, count, _), (data, pngs) in zip(jobs, pool.map(_draw_shard, jobs)):
+        for (seed, split, count, *_), (data, pngs) in zip(jobs, pool.map(_draw_shard, jobs)):
             stem = f"{split}-{seed % 1_000_000:07d}"
             contents |= {f"{stem}.json": data, f"{stem}.png-s": pngs}
             captions.update(entry["scene"]["caption"] for entry in json.loads(data))
@@ -114,11 +115,11 @@ def read_pictures(result: Checkpoint, split: str, limit: int | None = None) -> P
     return Pictures(found, pixels.permute(0, 3, 1, 2))
 
 
-def _draw_shard(job: tuple[int, str, int, str]) -> tuple[bytes, bytes]:
+def _draw_shard(job: tuple[int, str, int, str, int]) -> tuple[bytes, bytes]:
     """JSON of the scenes, each with the size of its PNG, and the PNGs one after the other."""
-    seed, split, count, grammar = job
+    seed, split, count, grammar, lattice_px = job
     entries, pngs = [], []
-    for scene in islice(scenes(seed, split, grammar=grammar), count):
+    for scene in islice(scenes(seed, split, grammar=grammar, lattice_px=lattice_px), count):
         file = io.BytesIO()
         draw(scene).save(file, "PNG", compress_level=1)
         pngs.append(file.getvalue())

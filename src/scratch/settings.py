@@ -12,13 +12,13 @@ from pathlib import Path
 from src.config import ModelConfig, check_machine
 from src.errors import usage_error
 from src.model_files import EMBEDDED
-from src.scenes.grammar import GRAMMARS
+from src.scenes.grammar import GRAMMARS, LATTICE_PX
 
 PHASES = ("scenes", "tokenizer", "vae", "clip", "unet", "assemble")
 PRECISIONS = ("auto", "fp32", "bf16")
 SWITCHES = ("auto", "on", "off")
 # Settings of later versions, and what stood for them before.
-ADDED = {"grammar": "full", "transformer_layers": 1, "caption_dropout_clear": 0.1, "told": 8}
+ADDED = {"grammar": "full", "lattice_px": 0, "transformer_layers": 1, "caption_dropout_clear": 0.1, "told": 8}
 NOT_LEARNT = ("validation_steps", "checkpoint_steps", "examined")  # settings that change nothing of what is learnt
 MAX_SCENES = 400_000  # a manifest lists a thousand files
 
@@ -28,6 +28,7 @@ class ScenesSettings:
     """The pictures that all phases learn from."""
 
     grammar: str = "full"  # full | v0 | simple: `src.scenes.grammar.belongs`
+    lattice_px: int = LATTICE_PX  # that things stand on, upright and in few sizes; 0: anywhere, any size, turned
     count: int = 60_000
     held_out: int = 512  # of those that only judge
     seed: int = 0
@@ -157,6 +158,8 @@ def check(settings: ScratchSettings) -> None:
         raise usage_error(f"machine.compile '{settings.machine.compile}' is not known; choose {', '.join(SWITCHES)}")
     if settings.scenes.grammar not in GRAMMARS:
         raise usage_error(f"scenes.grammar '{settings.scenes.grammar}' is not known; choose {', '.join(GRAMMARS)}")
+    if settings.scenes.lattice_px not in (0, LATTICE_PX):
+        raise usage_error(f"scenes.lattice_px {settings.scenes.lattice_px} is not known; choose 0 or {LATTICE_PX}")
     for name in ("vae", "clip", "unet"):
         part = getattr(settings, name)
         if part.warmup_steps >= part.steps:
@@ -195,7 +198,7 @@ def _range(name: str) -> tuple[float, float]:
         "latent_channels": (3, 64),
         "kl_weight": (0, 10), "weight_decay": (0, 10), "max_grad_norm": (1e-3, 1e6),
         "warmup_steps": (0, 1e6), "snr_gamma": (1e-3, 1e6), "snr_floor": (0, 1e6),
-        "merges": (0, 40_000), "length": (8, 77), "held_out": (32, 90_000),
+        "merges": (0, 40_000), "length": (8, 77), "held_out": (32, 90_000), "lattice_px": (0, 128),
         "count": (1, MAX_SCENES),
     }  # fmt: skip
     return special.get(name, (1, 10_000_000))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from src import files, images
@@ -49,6 +50,10 @@ def draw_class_images(run: TrainRun, folder: Path, say: Callable[[str], None]) -
         for number, picture in zip(numbers, generator.draw(request)):
             prompt = picture.info["drawn"].prompt
             picture.info.clear()  # a recipe tells of the batch; one drawn again shall be the same file, for a resume's sake
-            path = images.save_picture(picture, folder, STEM, number)
-            files.publish_bytes(path.with_suffix(".txt"), prompt.encode())
+            images.save_picture(picture, folder, STEM, number, announce=partial(_write_caption, prompt))
     generator.unload()
+
+
+def _write_caption(prompt: str, picture: Path, data: bytes) -> None:
+    """Before the picture has its name: one that a kill left without caption would count as drawn, and could not be trained."""
+    files.publish_bytes(picture.with_suffix(".txt"), prompt.encode())

@@ -106,16 +106,15 @@ class Judge:
 
     def follow_up(self) -> None:
         """What follows from a checkpoint, and again at the end: the process may have been killed between the two."""
-        self._name_the_best()
-        protect = () if self._best_step is None else (self._best_step,)
-        self._saver.store.prune(self._run.train.keep, protect)
+        best = self._name_the_best()  # protected also where it could not be published
+        self._saver.store.prune(self._run.train.keep, () if best is None else (best.step,))
 
-    def _name_the_best(self) -> None:
-        """Publish ``best/``, what the best checkpoint learnt, when it is another one than before."""
+    def _name_the_best(self) -> Best | None:
+        """Publish ``best/``, what the best checkpoint learnt, when it is another one than before; returns which it is."""
         checkpoints = {checkpoint.step: checkpoint for checkpoint in self._saver.store.valid()}
         best = choose_best(self._history, checkpoints.keys())
         if best is None or best.step == self._best_step:
-            return
+            return best
         source = checkpoints[best.step]
         facts = {"best_of": source.folder.name, "reason": best.reason}
         try:
@@ -124,6 +123,7 @@ class Judge:
             self._say(f"best    not renewed, tried again at the next checkpoint: {error}")
         else:
             self._best_step = best.step
+        return best
 
     def publish_final(self, progress: Progress) -> Path:
         """``final/``: what was learnt as it is now, without the state of the training."""

@@ -53,8 +53,14 @@ class LatentCache:
         self._folder, self._store = folder, TensorStore(folder, say)
         self._asked: list[Job] = []
 
-    def encode(self, examples: Sequence[Example], flip: bool, on_progress: Callable[[int, int], None]) -> None:
-        """Encode what is not yet on disk: each picture, and with ``flip`` its mirror image too.
+    def encode(
+        self,
+        examples: Sequence[Example],
+        flip: bool,
+        on_progress: Callable[[int, int], None],
+        unmirrored: Sequence[Example] = (),
+    ) -> None:
+        """Encode what is not yet on disk: each picture, and with ``flip`` its mirror image too, of ``unmirrored`` never.
 
         Where the VAE overflows in half precision, everything that was asked for is encoded in fp32: a data set is never
         of two precisions. ``on_progress`` is told how many of how many are done.
@@ -63,6 +69,7 @@ class LatentCache:
         fp32 either.
         """
         jobs = [(example, mirrored) for example in examples for mirrored in ((False, True) if flip else (False,))]
+        jobs += [(example, False) for example in unmirrored]
         self._asked += jobs
         while True:
             try:

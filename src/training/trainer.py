@@ -217,9 +217,7 @@ class Trainer:
         learnt = [version for example in dataset.train for version in versions_of(example, train)]
         self._is_encoding = True
         with self.accelerator.main_process_first():  # the others find everything in the cache
-            latents.encode([*learnt, *dataset.held_out, *priors], False, self._encoding("pictures"))
-            if train.flip:
-                latents.encode(learnt, True, self._encoding("mirrored pictures"))
+            latents.encode([*learnt, *priors], train.flip, self._encoding("pictures"), unmirrored=dataset.held_out)
             captions = [caption for example in (*dataset.train, *dataset.held_out, *priors) for caption in example.captions]
             texts.encode(captions, self._encoding("captions"))
         self._is_encoding = False
@@ -315,11 +313,10 @@ class Trainer:
 
 def usual_prompt(dataset: Dataset) -> str:
     """What to draw where nobody said it: the trigger, or the commonest caption where there is none."""
-    if dataset.trigger:
-        return f"a photo of {dataset.trigger}"
     captions = Counter(caption for example in dataset.train for caption in example.captions)
-    caption = re.sub(r"<lora:[^<>]*>?", "", captions.most_common(1)[0][0], flags=re.IGNORECASE).strip()
-    return re.sub(r"\{|_(?=_)", r"\\\g<0>", caption) or "a photo"  # a caption's braces are no choice
+    words = dataset.trigger or re.sub(r"<lora:[^<>]*>?", "", captions.most_common(1)[0][0], flags=re.IGNORECASE).strip()
+    literal = re.sub(r"\{|_(?=_)", r"\\\g<0>", words)  # the braces of a caption or a trigger are no choice
+    return f"a photo of {literal}" if dataset.trigger else literal or "a photo"
 
 
 def resume_command(run: TrainRun, processes: int = 1) -> str:
