@@ -43,6 +43,9 @@ def describe_picture(
     configured = {name: section for name, section in config.to_dict().items() if name != "paths"}
     configured["generation"] = {item.name: getattr(request, item.name) for item in fields(GenerationConfig)}
     configured["generation"]["num_images"] = 1  # with how many others it was drawn depends on who shares the work
+    # Names in place of what was typed: a folder "client/project" reads like a hub id, and would be kept as one.
+    architecture = config.model.architecture and Path(config.model.architecture).name
+    configured["model"] |= {"model_id": model.name, "vae": model.vae_name, "architecture": architecture}
     return Recipe(
         mode=request.mode,
         prompt=request.prompt,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,8 @@ from src.measured_peaks import MeasuredPeaks, peak_key
 from src.memory_plan import WINDOWS_RESERVE_BYTES
 from src.memory_prediction import GIB
 from src.model_files import read_json
-from src.named_files import NamedFiles, adapter_weights
+from src.named_files import NamedFiles, adapter_weights, tagged_loras
 from src.plan_report import table
-from src.prompts import extract_loras
 from src.request import PictureRequest
 from src.tensor_files import read_header
 
@@ -82,9 +82,10 @@ def estimate(config: AppConfig, request: PictureRequest, place: Place | None = N
     if isinstance(request.init_image, Path):  # as the run does, the size follows the picture that is drawn over
         width_px, height_px = images.fitting_size(images.read_image(request.init_image).size, shapes.native_px)
         request = replace(request, width=request.width or width_px, height=request.height or height_px)
+    adapters = [_adapter_files(config, request, names) for names in tagged_loras(request, config)]
     need = memory_prediction.Request.of(
         request, shapes.native_px, place.precision,
-        lora_bytes=memory_prediction.adapter_bytes(_adapter_files(config, request), place.precision),
+        lora_bytes=max(memory_prediction.adapter_bytes(files, place.precision) for files in adapters),
         safety_checker=source.kind != "file" and not config.optimization.disable_safety_checker,
         quantize=config.optimization.quantize, attention_slicing=config.optimization.enable_attention_slicing,
         unet=shapes.unet,
@@ -166,10 +167,10 @@ def find_place(config: AppConfig) -> Place:
     return Place(words, name, precision, limit_bytes, None if device == "mps" else free_bytes)
 
 
-def _adapter_files(config: AppConfig, request: PictureRequest) -> list[Path]:
-    """The weights of all adapters, those that the prompt names included; refused when their tensors are no LoRA's."""
+def _adapter_files(config: AppConfig, request: PictureRequest, names: Iterable[str]) -> list[Path]:
+    """The weights of all adapters, those of the prompt's ``names`` included; refused when their tensors are no LoRA's."""
     named = NamedFiles(config.paths.folder("lora"), config.paths.folder("cache") / "hashes.json")
-    tagged = (named.tagged(tag.name) for tag in extract_loras(request.prompt)[1])
+    tagged = map(named.tagged, names)
     files: list[Path] = []
     for path in {path.resolve(): path for path in (*(choice.path for choice in request.loras), *tagged)}.values():
         named.check_adapter(path)

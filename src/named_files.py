@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from src import files, images
+from src.config import AppConfig
 from src.errors import not_found, refused
-from src.request import LoraChoice
+from src.prompts import clean_prompt, expand_by_seeds, extract_loras
+from src.request import LoraChoice, PictureRequest
 from src.tensor_files import missing, read_header, refuse_pickle
 
 _DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -72,6 +74,20 @@ class NamedFiles:
         """SHA-256 of a file or, for several, of their sorted hashes."""
         hashes = sorted(map(self.sha256, paths))
         return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def tagged_loras(request: PictureRequest, config: AppConfig) -> list[tuple[str, ...]]:
+    """The names in the ``<lora:...>`` tags of the request's pictures: one entry, or several where wildcards choose adapters.
+
+    Wildcards are filled in by the pictures' seeds; without a seed once, so that the files are checked, too.
+    """
+    prompt = clean_prompt(request.prompt)
+    texts: Iterable[str] = [prompt]
+    if request.wildcards:
+        may_differ = request.seed is not None and ("{" in prompt or "__" in prompt)
+        seeds = map(request.seed_of, range(request.num_images)) if may_differ else [0]
+        texts = expand_by_seeds(prompt, seeds, config.paths.folder("wildcards"))
+    return list(dict.fromkeys(tuple(tag.name for tag in extract_loras(text)[1]) for text in texts))
 
 
 def adapter_files(path: Path) -> list[Path]:

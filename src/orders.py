@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
+from itertools import chain
 from typing import Any
 
 from src import devices, files, memory_plan, model_source
@@ -16,9 +17,9 @@ from src.arguments import FLAG_OF, apply_typed, parse_job
 from src.config import AppConfig, check_machine
 from src.errors import UserError, usage_error
 from src.jobs import STDIN, Journal, job_id, read_job_lines, source_name, split_flags
-from src.named_files import NamedFiles
+from src.named_files import NamedFiles, tagged_loras
 from src.processes import ALONE, Processes
-from src.prompts import clean_prompt, expand_wildcards, extract_loras, unsupported_syntax, wildcard_files
+from src.prompts import clean_prompt, unsupported_syntax, wildcard_files
 from src.request import LoraChoice, PictureRequest
 from src.session import Job, Wishes
 
@@ -52,7 +53,7 @@ def read_request(config: AppConfig, typed: dict[str, Any], say: Say, named: Name
     )
     for choice in request.loras:
         named.check_adapter(choice.path)
-    for name in tagged_loras(request, config):
+    for name in chain(*tagged_loras(request, config)):
         named.check_adapter(named.tagged(name))
     for path in (request.init_image, request.mask_image):
         if path is not None:
@@ -64,14 +65,6 @@ def read_request(config: AppConfig, typed: dict[str, Any], say: Say, named: Name
     for line in request.idle_settings:
         say(f"idle    {line}")
     return request
-
-
-def tagged_loras(request: PictureRequest, config: AppConfig) -> list[str]:
-    """The names in the prompt's ``<lora:...>`` tags, with wildcards filled in once, so that their files are checked, too."""
-    prompt = clean_prompt(request.prompt)
-    if request.wildcards:
-        prompt = expand_wildcards(prompt, 0, config.paths.folder("wildcards"))
-    return [tag.name for tag in extract_loras(prompt)[1]]
 
 
 def weights_here(config: AppConfig, named: NamedFiles) -> dict[str, str]:
@@ -99,7 +92,8 @@ def job_settings(request: PictureRequest, config: AppConfig, named: NamedFiles, 
     settings = {item.name: getattr(request, item.name) for item in fields(request) if item.name not in ("batch_size", "loras")}
     settings |= {name: path and named.sha256(path) for name, path in paths.items()}
     settings["loras"] = [[named.adapter_sha256(choice.path), choice.weight] for choice in request.loras]
-    settings["tagged"] = [[name, named.adapter_sha256(named.tagged(name))] for name in tagged_loras(request, config)]
+    tagged = chain(*tagged_loras(request, config))
+    settings["tagged"] = [[name, named.adapter_sha256(named.tagged(name))] for name in tagged]
     model = config.model
     settings |= {name: getattr(model, name) for name in ("model_id", "revision", "vae", "architecture", "precision")}
     settings |= weights

@@ -12,7 +12,7 @@ import difflib
 import math
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -275,7 +275,14 @@ def expand_wildcards(prompt: str, seed: int, folder: Path) -> str:
     Raises UserError: not found for a missing file, refused for one that is not UTF-8, has no options, is too large or
     lies outside ``folder``, usage for files that name themselves without end.
     """
-    return _WildcardExpander(random.Random(seed), folder).expand(prompt)
+    return next(expand_by_seeds(prompt, [seed], folder))
+
+
+def expand_by_seeds(prompt: str, seeds: Iterable[int], folder: Path) -> Iterator[str]:
+    """The text that ``expand_wildcards`` makes of a prompt with each seed; a file is read once for them all."""
+    options: dict[str, list[str]] = {}
+    for seed in seeds:
+        yield _WildcardExpander(random.Random(seed), folder, options=options).expand(prompt)
 
 
 def wildcard_files(prompt: str, folder: Path) -> dict[str, Path]:

@@ -60,7 +60,7 @@ def follow_recipe(recipe: ParsedRecipe, typed: dict[str, Any], config: AppConfig
     named = named_files(config)
     with _naming(user_path(typed["from_image"])):
         _check_pictures(recipe, typed, named, say)
-        _follow_models(recipe, typed, config)
+        _follow_models(recipe, typed, config, named)
         if not is_given(typed, "model.precision") and (recipe.drawn_on.precision != "fp16" or _may_have_card(config)):
             config.model.precision = recipe.drawn_on.precision or config.model.precision
         if not is_given(typed, "optimization.quantize") and _can_quantize(config):
@@ -169,15 +169,16 @@ def _check_pictures(recipe: ParsedRecipe, typed: dict[str, Any], named: NamedFil
             say(f"recipe  {path} is not the {name.replace('_', ' ')} '{recorded.name}' of then: the picture will differ")
 
 
-def _follow_models(recipe: ParsedRecipe, typed: dict[str, Any], config: AppConfig) -> None:
+def _follow_models(recipe: ParsedRecipe, typed: dict[str, Any], config: AppConfig, named: NamedFiles) -> None:
     if not is_given(typed, "model.model_id"):
-        config.model.model_id = _find_model(recipe.model_name, config)
+        config.model.model_id = _find_model(recipe, config, named)
     if not is_given(typed, "model.vae") and recipe.vae_name is not None:
         config.model.vae = _find_vae(recipe.vae_name, config)
 
 
-def _find_model(name: str | None, config: AppConfig) -> str:
+def _find_model(recipe: ParsedRecipe, config: AppConfig, named: NamedFiles) -> str:
     """A model that a recipe names, among what is already here: embedded, whole in a cache, or under models/."""
+    name, sha256 = recipe.model_name, recipe.model_sha256
     if name is None:
         raise not_found("the recipe names no model that can be looked for; name the one to draw with: --model MODEL")
     checker = not config.optimization.disable_safety_checker
@@ -186,21 +187,25 @@ def _find_model(name: str | None, config: AppConfig) -> str:
     def in_cache() -> bool:
         return model_source.resolve(name, cache, True, revision=revision, include_safety_checker=checker).kind == "hub"
 
-    found = name if name == "embedded" or (HUB_ID.fullmatch(name) and _succeeds(in_cache)) else _find_own(name, config)
-    if found is None:
+    if name == "embedded" or (HUB_ID.fullmatch(name) and _succeeds(in_cache)):
+        return name
+    own = _all_own(name, config)
+    if not own:
         raise not_found(f"the recipe's model '{name}' is not here; name the one to draw with: --model MODEL")
-    return found
+    if len(own) > 1 and sha256 is not None:  # only then, because gigabytes are read for it
+        return str(next((path for path in own if _has_weights(path, sha256, named)), own[0]))
+    return str(own[0])
 
 
 def _find_vae(name: str, config: AppConfig) -> str:
     cache = config.paths.folder("cache")
     in_cache = HUB_ID.fullmatch(name) and _succeeds(lambda: model_source.resolve_vae(name, cache, True).kind == "hub")
-    found = name if in_cache else _find_own(name, config)
-    if found is None:
+    own = [name] if in_cache else _all_own(name, config)
+    if not own:
         raise not_found(
             f"the recipe's VAE '{name}' is not here; give one with --vae VAE, or --set model.vae=null for the model's own"
         )
-    return found
+    return str(own[0])
 
 
 def _succeeds(check: Callable[[], bool]) -> bool:
@@ -210,15 +215,22 @@ def _succeeds(check: Callable[[], bool]) -> bool:
         return False
 
 
-def _find_own(name: str, config: AppConfig) -> str | None:
-    """A .safetensors file or a diffusers folder of that name under models/, at most one folder deep."""
+def _has_weights(path: Path, sha256: str, named: NamedFiles) -> bool:
+    """Whether a model's U-Net or single file has that hash, of which the first digits may be known."""
+    files = [path] if path.is_file() else sorted(path.glob("unet/*.safetensors"))
+    return _succeeds(lambda: any(named.sha256(file).startswith(sha256) for file in files))
+
+
+def _all_own(name: str, config: AppConfig) -> list[Path]:
+    """The .safetensors files and diffusers folders of that name under models/, at most one folder deep."""
     not_models = {config.paths.folder("cache").resolve(), config.paths.folder("lora").resolve()}
+    found = []
     for path in sorted([*MODELS_FOLDER.glob("*"), *MODELS_FOLDER.glob("*/*")]):
         is_file = path.suffix == ".safetensors" and path.is_file()
         is_model = is_file or any((path / index).is_file() for index in ("model_index.json", "config.json"))
         if is_model and name in (path.name, path.stem) and not_models.isdisjoint((path.resolve(), path.resolve().parent)):
-            return str(path)
-    return None
+            found.append(path)
+    return found
 
 
 def _follow_loras(recipe: ParsedRecipe, typed: dict[str, Any], config: AppConfig, named: NamedFiles, say: Say) -> None:

@@ -56,7 +56,7 @@ class LoraChoice:
             try:
                 return cls(Path(path), float(weight))
             except ValueError:
-                if user_path(path).exists() and not user_path(text).exists():
+                if os.path.exists(user_path(path)) and not os.path.exists(user_path(text)):  # too long a name is no error
                     raise usage_error(f"--lora {text}: the weight '{weight}' is no number; write {path}:0.8") from None
         return cls(Path(text))
 

@@ -62,10 +62,10 @@ class Session:
     def __init__(self, generator: TextToImageGenerator, terminal: Terminal, wishes: Wishes) -> None:
         self._generator, self._terminal, self._wishes = generator, terminal, wishes
         self._stem = f"{wishes.prefix}_{datetime.now():%Y%m%d_%H%M%S}"
-        self._saved = self._planned = 0
+        self._saved = self._planned = self._asked = 0  # asked: finished ones included
         self._steps_done = 0.0
         self._preview_path: Path | None = None
-        self._grid: list[tuple[Image.Image, int]] = []
+        self._grid: dict[tuple[int, int], tuple[Image.Image, int]] = {}  # line and index -> picture, seed
 
     def first_request(self, jobs: Sequence[Job]) -> PictureRequest | None:
         """The first that has pictures left to draw, so that a model is worth loading; None where all are drawn."""
@@ -76,6 +76,7 @@ class Session:
         failed = 0
         counts = [(len(self._missing(job)), job.request.num_inference_steps) for job in jobs if job.request is not None]
         self._planned = sum(pictures for pictures, _ in counts)
+        self._asked = sum(len(job.pictures) for job in jobs if job.request is not None)
         self._terminal.start_progress(sum(pictures * steps for pictures, steps in counts))
         try:
             for job in jobs:
@@ -124,8 +125,10 @@ class Session:
         if job.request.seed is None and self._wishes.journal is not None:
             job.request.seed = self._wishes.journal.seed_of(job.id)
         finished = self._finished(job)
-        for path in finished.values():
+        for index, path in finished.items():
             self._terminal.skipped(path, job.line or 0)
+            if self._wishes.grid:
+                self._read_for_grid(job, index, path)
         for first, count in _gaps(job.pictures, finished):
             self._draw_part(job, first, count)
 
@@ -155,7 +158,7 @@ class Session:
         if journal is not None:
             journal.record(job.id, index, path, seed)
         if self._wishes.grid:
-            self._keep_for_grid(picture, drawn.seed)
+            self._keep_for_grid(job, index, picture)
         facts = {
             "prompt": drawn.prompt, "negative_prompt": drawn.negative_prompt, "seed": drawn.seed, "width": drawn.width,
             "height": drawn.height, "steps": drawn.num_inference_steps, "guidance_scale": drawn.guidance_scale,
@@ -165,17 +168,24 @@ class Session:
         }  # fmt: skip
         self._terminal.picture(path, facts if job.line is None else {"line": job.line, **facts})
 
-    def _keep_for_grid(self, picture: Image.Image, seed: int) -> None:
+    def _read_for_grid(self, job: Job, index: int, path: Path) -> None:
+        try:
+            self._keep_for_grid(job, index, images.read_image(path))
+        except UserError as error:
+            self._terminal.say(f"grid    without {error}")
+
+    def _keep_for_grid(self, job: Job, index: int, picture: Image.Image) -> None:
         small = picture.copy()
-        if self._planned > FULL_SIZE_GRID:
+        if self._asked > FULL_SIZE_GRID:
             small.thumbnail((GRID_CELL_PX, GRID_CELL_PX))
-        self._grid.append((small, seed))
+        self._grid[job.line or 0, index] = (small, job.request.seed_of(index))
 
     def _save_grid(self) -> None:
         if self._wishes.grid and len(self._grid) < 2:
             self._terminal.say("grid    not made: it takes two pictures or more")
         elif self._wishes.grid:
-            sheet = images.contact_sheet([picture for picture, _ in self._grid], [f"seed {seed}" for _, seed in self._grid])
+            pictures, seeds = zip(*(self._grid[place] for place in sorted(self._grid)))
+            sheet = images.contact_sheet(pictures, [f"seed {seed}" for seed in seeds])
             self._terminal.say(f"grid    {images.save_picture(sheet, self._wishes.folder, f'{self._stem}_grid', 0)}")
 
     def _on_step(self, request: PictureRequest, step: Step) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from src import cli
+from src import cli, images
 from src.errors import ExitCode
 from src.request import LoraChoice
 from tests.tiny import pipelines
@@ -240,6 +240,19 @@ def test_grid_and_preview(here, capsys) -> None:
         assert picture.height > 256
     (preview,) = (here / "outputs").glob("gen_*_preview.png")
     assert preview.name in err
+
+
+def test_a_grid_holds_what_an_earlier_run_finished(here, capsys) -> None:
+    (here / "jobs.txt").write_text("--prompt star --num 3 --seed 5\n--prompt circle --seed 9\n")
+    run(capsys, "--prompts", "jobs.txt", *FAST)
+    first, lost, *rest = pictures(here)
+    lost.unlink()
+    run(capsys, "--prompts", "jobs.txt", "--grid", *FAST)
+    (new,) = set(pictures(here)) - {first, *rest}
+    (sheet,) = (here / "outputs").glob("*grid*.png")
+    drawn = [images.read_image(path) for path in (first, new, *rest)]
+    expected = images.contact_sheet(drawn, [f"seed {seed}" for seed in (5, 6, 7, 9)])
+    assert numpy.array_equal(pixels(sheet), numpy.asarray(expected))
 
 
 def test_init_image_and_mask(here, capsys) -> None:

@@ -218,6 +218,18 @@ def test_adapters_are_counted_in_the_precision_of_the_run(machine, tmp_path):
         assert answer.request.lora_bytes == 2 * (2 * 4 * 320) * ELEMENT_BYTES[precision]
 
 
+def test_of_adapters_that_wildcards_choose_the_largest_choice_is_counted(machine, tmp_path):
+    (tmp_path / "models" / "lora").mkdir(parents=True)
+    (tmp_path / "wildcards").mkdir()
+    (tmp_path / "wildcards" / "style.txt").write_text("ink\nwash\n")
+    for name, width in {"ink": 320, "wash": 640}.items():
+        shapes = {"lora_unet_a.lora_down.weight": (4, width), "lora_unet_a.lora_up.weight": (width, 4)}
+        safetensors(tmp_path / "models" / "lora" / f"{name}.safetensors", shapes)
+    for prompt in ("a cat <lora:__style__:0.5>", "a cat {<lora:ink>|<lora:wash>}"):
+        answer = ask(prompt=prompt, seed=7, num_images=8, precision="fp32")
+        assert answer.request.lora_bytes == 2 * 4 * 640 * ELEMENT_BYTES["fp32"]
+
+
 def test_of_a_folder_with_several_forms_one_is_counted(machine, tmp_path):
     """A training's folder holds the same adapter for diffusers, PEFT and kohya, and may hold what is none."""
     shapes = {"lora_unet_a.lora_down.weight": (4, 320), "lora_unet_a.lora_up.weight": (320, 4)}

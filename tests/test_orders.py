@@ -50,6 +50,7 @@ def refusal(*argv: str) -> UserError:
         (["x", "--lora", "nowhere.safetensors"], ExitCode.NOT_FOUND, "nowhere.safetensors: not found"),
         (["x", "--lora", "bad.safetensors:0.5"], ExitCode.REFUSED, "is not a .safetensors file"),
         (["x", "--lora", "a" * 300], ExitCode.REFUSED, "cannot be read"),
+        (["x", "--lora", "a" * 300 + ":x"], ExitCode.REFUSED, "cannot be read"),
         (["x", "--lora", "adapter_config.json"], ExitCode.NOT_FOUND, "holds no .safetensors file"),
         (["x", "--lora", "empty"], ExitCode.NOT_FOUND, "holds no .safetensors file"),
         (["x", "--lora", "pickled"], ExitCode.REFUSED, "pickle"),
@@ -241,6 +242,23 @@ def test_jobs_that_name_neither_keep_the_ids_of_0_3_0(here: Path) -> None:
     (here / "jobs.txt").write_text("a {red|blue} cat\n")
     assert ids() == ["fc222e8f661d14e9"]
     assert ids("--model", "owner/name", "--vae", "owner/vae", "--revision", "x") == ["93aee82688e473b7"]
+
+
+def test_adapters_that_wildcards_choose_count_as_the_pictures_seeds_choose_them(here: Path) -> None:
+    """Where they choose none the job keeps its id, and so does a job without a seed."""
+    ink, wash = (safetensors(here / "models" / "lora" / f"{name}.safetensors", n) for n, name in enumerate(("ink", "wash")))
+    chosen = "a {<lora:ink>|<lora:wash>}"
+    (here / "jobs.txt").write_text(
+        f'--prompt "a {{red|blue}} cat <lora:ink:{{0.5|1}}>" --seed 7 --num 4\n{chosen}\n--prompt "{chosen}" --seed 7 --num 4\n'
+    )
+    seen = [ids()]
+    assert seen[0][:2] == ["2111911825f6c6b5", "c35bc7c526ff4c0f"]  # as 0.3.0 has them
+    for path in (ink, wash):
+        safetensors(path, 2)
+        seen.append(ids())
+    assert [before[2] != after[2] for before, after in pairwise(seen)] == [True, True]
+    ink.unlink()
+    assert "<lora:ink> is not in" in str(read_jobs("--prompts", "jobs.txt")[0][2].error)
 
 
 def test_each_file_is_read_once_a_run(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,19 @@ def test_models_are_found_under_models_and_whole_in_a_cache(here: Path) -> None:
     assert draw_again(a1111("Model: owner/name, Size: 64x64"))[1].model.model_id == "owner/name"
 
 
+def test_of_two_models_of_one_name_the_one_with_the_recorded_weights_is_drawn_with(here: Path) -> None:
+    files = [safetensors(here / "models" / folder / "fox.safetensors", n) for n, folder in enumerate("ab")]
+    unet = safetensors(here / "models" / "c" / "fox" / "unet" / "diffusion_pytorch_model.safetensors", 2)
+    (here / "models" / "c" / "fox" / "model_index.json").write_text("{}")
+    for weights, expected in [*((file, file) for file in files), (unet, unet.parents[1])]:
+        ours = replace(RECIPE, model=ModelRef("fox", "SD1", sha256(weights)))
+        theirs = a1111(f"Size: 64x64, Model hash: {sha256(weights)[:10]}, Model: fox")
+        for chunks in (ours, theirs):
+            assert draw_again(chunks)[1].model.model_id == str(expected.relative_to(here))
+    for model in (ModelRef("fox", "SD1", "0" * 64), ModelRef("fox")):
+        assert draw_again(replace(RECIPE, model=model))[1].model.model_id == str(files[0].relative_to(here))
+
+
 def test_a_missing_vae_is_named() -> None:
     recipe = replace(RECIPE, vae=ModelRef("sharp.safetensors"))
     assert "give one with --vae VAE" in str(not_drawn(recipe))

@@ -9,6 +9,7 @@ import argparse
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +117,7 @@ class OrderDesk:
 
     def order(self, typed: Mapping[str, Any]) -> Order:
         """The order of these flags. Raises what ``main.py`` raises for them."""
-        from src import orders  # reads pictures; --help must not pay for that
+        from src import named_files, orders  # read pictures; --help must not pay for that
 
         config = build_config(dict(typed))
         self._named = self._named or orders.named_files(config)
@@ -125,7 +126,7 @@ class OrderDesk:
             orders.check_surroundings({}, config)
             self._models.add(repr(config.model))
         one = replace(request, num_images=1, batch_size=1)
-        return Order(config, one, "allow_partial" in typed, tuple(orders.tagged_loras(request, config)))
+        return Order(config, one, "allow_partial" in typed, tuple(chain(*named_files.tagged_loras(one, config))))
 
     def _say_once(self, line: str) -> None:
         if line not in self._said:
