@@ -39,6 +39,8 @@ def test_a_folder_of_before_a_setting_was_there_goes_on(copied: Path) -> None:  
 def test_a_model_goes_on_with_other_scenes_and_says_what_its_parts_learnt_from(made: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
     model, work = made / "model", ["--work", str(tmp_path / "work")]
     assert main(["scenes", "--set", "count=40", "--set", "held_out=32", "--set", "lattice_px=0", *work]) == 0
+    assert main(["scenes", "--set", "lattice_px=4", *work]) == ExitCode.USAGE
+    assert "scenes.lattice_px 4 is not known; choose 0 or 8" in capsys.readouterr().err
     assert main(["unpack", "--model", str(model), *work]) == ExitCode.USAGE
     assert "--set lattice_px=8 --set count=40" in (said := capsys.readouterr().err)
     assert "or let the model go on with these: --other-scenes" in said
