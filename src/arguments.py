@@ -60,10 +60,10 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag(("--scheduler", "--sampler", "--sampler-name"), "see --list-schedulers", "generation.scheduler", metavar="NAME", in_jobs=True),
         Flag(("--preset",), "steps, guidance and spacing of a few-step model: " + ", ".join(PRESETS), metavar="NAME", in_jobs=True),
     ),
-    "faster, for a price (README: Faster for a price)": (
+    "faster, for a price (docs/drawing.md)": (
         Flag(("--deep-cache",), "one step in N is whole, the others run the U-Net's outermost layers; try 2", "generation.deep_cache", int, "N", in_jobs=True),
         Flag(("--token-merging",), "share of tokens that self-attention takes together, up to 0.75; try 0.5", "generation.token_merging", float, "R", in_jobs=True),
-        Flag(("--guidance-interval",), "guide in this part of the noise schedule alone, 0 being noise; try 0.2:0.8", metavar="A:B", in_jobs=True),
+        Flag(("--guidance-interval",), "guide in this part of the noise schedule alone, 0 being noise; try 0:0.6", metavar="A:B", in_jobs=True),
     ),
     "start from a picture": (
         Flag(("--init-image", "-i"), "draw over this picture", metavar="FILE", in_jobs=True),

@@ -54,7 +54,7 @@ class LoraReport:
     per_component: dict[str, int]  # matched layers, components without any left out
 
     def line(self) -> str:
-        """``LoRA dog: SD1, kohya, rank 4, alpha 4, 192/192 layers (unet 128, text encoder 64)``."""
+        """``LoRA dog: SD1, kohya, rank 4, alpha 4, 176/176 layers (unet 128, text encoder 48)``."""
         where = ", ".join(f"{COMPONENTS[component]} {count}" for component, count in self.per_component.items())
         return (
             f"LoRA {self.name}: {self.family}, {self.format}, rank {_range(self.ranks)}, alpha {_range(self.alphas)}, "

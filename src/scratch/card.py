@@ -122,6 +122,7 @@ def page_of(card: dict[str, Any]) -> str:
         "Trained from random weights, on pictures that the project draws itself (128 x 128 px). An ordinary Stable Diffusion",
         "folder, with its CLIP. What it understands, with 8 shapes and 12 colours:", "",
         "```text", *(line.strip() for line in (grammar.__doc__ or "").splitlines() if line.startswith("    ")), "```", "",
+        *_words(), "",
         *([f"It was taught a part of this, the {part} grammar: {grammar.PARTS_SAY[part]}.", ""] if part != "full" else []),
         f"![pictures and their prompts]({SAMPLES})", "", *_made_by(card), "`card.json` has every setting.", "",
         "| phase | figures |", "| --- | --- |",
@@ -135,6 +136,18 @@ def page_of(card: dict[str, Any]) -> str:
     skills = card["phases"]["unet"]["figures"].items()
     lines += [f"| {name.removeprefix(SKILL)} | {value:.2f} |" for name, value in skills if name.startswith(SKILL)]
     return "\n".join(lines) + "\n"
+
+
+def _words() -> list[str]:
+    """What stands for the words in capitals."""
+    pairs = [", ".join(f"{one} and {other}" for one, other in pairs) for pairs in (grammar.GRADIENTS, grammar.STRIPES)]
+    return [
+        f"* SHAPE: {', '.join(grammar.SHAPES)}",
+        f"* COLOUR: {', '.join(grammar.COLOURS)}; of a house {', '.join(grammar.HOUSES)}; of hills {', '.join(grammar.HILLS)}",
+        f"* BACKGROUND: `white background`; also {', '.join(grammar.PLAIN[1:])}",
+        f"* BACKGROUND: `blue to white gradient background`; either way of {pairs[0]}",
+        f"* BACKGROUND: `red and white striped background`, or `dotted`; either way of {pairs[1]}",
+    ]
 
 
 def _shown(value: float) -> str:
