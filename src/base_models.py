@@ -109,7 +109,7 @@ def load(config: AppConfig, vae_dtype: torch.dtype | None = None) -> LoadedModel
         family = model_files.family_of(folder)
         classes = model_files.check_folder(folder, checker)
         weights_path = _weight_files(folder / "unet", "unet", dtype)[0]
-        parts = {name: _load_component(folder / name, name, kind, dtypes.get(name, dtype)) for name, kind in classes.items()}
+        parts = {name: load_component(folder / name, name, kind, dtypes.get(name, dtype)) for name, kind in classes.items()}
     vae_name = None
     if wanted.vae:
         parts["vae"], vae_name = _load_other_vae(wanted.vae, parts["vae"], folder, dtypes["vae"], cache, wanted.offline)
@@ -219,7 +219,7 @@ def precision_of(dtype: torch.dtype) -> str:
     return next(name for name, known in DTYPES.items() if known == dtype)
 
 
-def _load_component(folder: Path, component: str, class_name: str, dtype: torch.dtype) -> Any:
+def load_component(folder: Path, component: str, class_name: str, dtype: torch.dtype) -> Any:
     """One component of a model folder, with every tensor that its configuration asks for."""
     library = diffusers if component == "scheduler" else transformers
     kind = CLASSES.get(component) or getattr(library, class_name, None)
@@ -281,7 +281,7 @@ def _load_single_file(
         if name in model_files.WEIGHT_STEMS:
             parts[name] = _convert(path, name, kind, tensors, folder)
         else:
-            parts[name] = _load_component((tokenizers if name in TOKENIZERS else folder) / name, name, kind, dtypes["unet"])
+            parts[name] = load_component((tokenizers if name in TOKENIZERS else folder) / name, name, kind, dtypes["unet"])
     if prediction and not architecture:
         changes = {"prediction_type": prediction} | ({"rescale_betas_zero_snr": True} if "ztsnr" in header.tensors else {})
         parts["scheduler"] = type(parts["scheduler"]).from_config(parts["scheduler"].config, **changes)
@@ -326,7 +326,7 @@ def _load_other_vae(
         prefixes = _VAE_WEIGHTS if is_checkpoint else ("",)
         return _convert(source.path, "vae", "AutoencoderKL", _read(source.path, dtype, prefixes), config_folder), source.name
     folder = source.path or downloads.download_vae(vae, cache, precision=precision_of(dtype))
-    other = _load_component(model_files.vae_folder(folder), "vae", "AutoencoderKL", dtype)
+    other = load_component(model_files.vae_folder(folder), "vae", "AutoencoderKL", dtype)
     for fact in ("scaling_factor", "latent_channels"):
         if other.config[fact] != own.config[fact]:
             raise refused(

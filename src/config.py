@@ -259,6 +259,8 @@ def _convert(value: Any, kind: Any, name: str) -> Any:
         return tuple(items)
     if kind == tuple[int, ...]:
         items = value.strip("[]() ").split(",") if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)):
+            raise usage_error(f"{name}: expected a list of whole numbers, got {value!r}")
         items = [_convert(item.strip() if isinstance(item, str) else item, int, name) for item in items]
         return tuple(items)
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 from src.errors import ExitCode, UserError
+from src.model_shapes import read_shapes
 from src.scratch import latent_space, learning, phase_report, phases, unet, vae
 from src.scratch.__main__ import main
 from src.scratch.card import page_of
@@ -23,7 +26,7 @@ from tests.tiny.evaluation import model as tiny_model
 def test_all_does_not_draw_other_scenes_under_what_was_learnt(copied: Path, capsys) -> None:  # noqa: F811
     before = (copied / "scenes" / "final" / "manifest.json").read_bytes()
     assert main(["all", "--work", str(copied), *arguments(**{"scenes.count": 41})]) == ExitCode.USAGE
-    assert "its scenes are of other settings, and more was learnt from them" in capsys.readouterr().err
+    assert "scenes is there with other settings, and more was learnt from it" in capsys.readouterr().err
     assert (copied / "scenes" / "final" / "manifest.json").read_bytes() == before
 
 
@@ -55,6 +58,82 @@ def test_a_model_goes_on_with_other_scenes_and_says_what_its_parts_learnt_from(m
     assert card["scenes"]["settings"]["lattice_px"] == 0
     assert card["vae"]["scenes_before"]["lattice_px"] == card["clip"]["scenes_before"]["lattice_px"] == 8
     assert "scenes_before" not in card["unet"]
+    again = ["--work", str(tmp_path / "again")]
+    assert main(["scenes", "--set", "count=40", "--set", "held_out=32", "--set", "lattice_px=0", *again]) == 0
+    assert main(["unpack", "--model", str(tmp_path / "more"), *again]) == 0  # its own scenes; its VAE's are still others
+    assert Work(tmp_path / "again", print).result("vae").facts["scenes_before"]["lattice_px"] == 8
+
+
+def test_a_phase_is_not_replaced_under_what_was_learnt_from_it(copied: Path, capsys) -> None:  # noqa: F811
+    manifests = {phase: (copied / phase / "final" / "manifest.json").read_bytes() for phase in ("scenes", "tokenizer", "vae")}
+    for checkpoint in (copied / "vae").glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)  # as it is after `unpack`
+    for phase in manifests:
+        changed = {"scenes": "count=41", "tokenizer": "merges=30", "vae": "steps=5"}[phase]
+        assert main([phase, "--work", str(copied), *arguments(), "--set", f"{phase}.{changed}"]) == ExitCode.USAGE
+        assert f"{phase} is there with other settings" in capsys.readouterr().err
+    assert manifests == {phase: (copied / phase / "final" / "manifest.json").read_bytes() for phase in manifests}
+    assert main(["vae", "--work", str(copied), *arguments(**{"vae.steps": 5}), "--restart"]) == 0
+
+
+def test_a_model_is_not_put_where_it_would_move_what_is_needed_aside(copied: Path, capsys, monkeypatch) -> None:  # noqa: F811
+    monkeypatch.chdir(copied.parent)
+    for out in (copied, copied.parent, Path(".")):
+        assert main(["assemble", "--work", str(copied), "--out", str(out)]) == ExitCode.USAGE
+        assert "would be moved aside; name a folder of the model's own" in capsys.readouterr().err
+    assert (copied / "unet" / "final").is_dir()
+
+
+def test_a_finished_unet_says_that_it_is_not_examined_again(copied: Path, capsys) -> None:  # noqa: F811
+    assert main(["unet", "--work", str(copied), *arguments(**{"unet.examined": 9})]) == 0
+    assert "and is not again: evaluate adherence --count N does" in capsys.readouterr().err
+
+
+def test_tools_open_a_folder_that_was_fetched_in_fp16(tmp_path: Path, monkeypatch) -> None:
+    """Of a hub model only the files of half precision may be there; and a decoder has one picture at a time."""
+    folder = tiny_model(tmp_path / "model")
+    for name in ("vae/diffusion_pytorch_model", "unet/diffusion_pytorch_model", "text_encoder/model"):
+        (folder / f"{name}.safetensors").rename(folder / f"{name}.fp16.safetensors")
+    side = read_shapes(folder).native_px
+    decoder, sizes = latent_space.read_vae(folder), []
+    decode = decoder.decode
+    monkeypatch.setattr(decoder, "decode", lambda latents: sizes.append(len(latents)) or decode(latents))
+    sheet = latent_space.around(decoder, torch.zeros(3, side, side), 3, 0)
+    assert sheet.width >= 3 * side
+    assert sizes == [1] * 3 * len(latent_space.DISTANCES)
+    assert latent_space.between_prompts(folder, ["a cat", "a dog"], 2, 0, Terminal()).width >= 2 * side
+
+
+def test_a_unet_does_not_go_on_from_a_model_that_was_replaced(
+    copied: Path,  # noqa: F811
+    made: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch,
+    capsys,
+) -> None:
+    """Its card would tell of another beginning than its weights had."""
+    model = tmp_path / "model"
+    shutil.copytree(made / "model", model)
+    more = arguments(**{"unet.begin_from": model, "unet.steps": 4, "unet.checkpoint_steps": 2, "unet.seed": 4})
+    step = learning.Student.learn_a_step
+
+    def stop_at_2(student: learning.Student) -> None:
+        step(student)
+        if student.step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(learning.Student, "learn_a_step", stop_at_2)
+    assert main(["unet", "--restart", "--work", str(copied), *more]) == ExitCode.INTERRUPTED
+    monkeypatch.setattr(learning.Student, "learn_a_step", step)
+    card = json.loads((model / "card.json").read_text())
+    card["phases"]["unet"]["figures"]["samples"] += 16
+    (model / "card.json").write_text(json.dumps(card))
+    assert main(["unet", "--work", str(copied), *more]) == ExitCode.USAGE
+    assert "was learnt with other settings (model_it_began_from " in capsys.readouterr().err
+    shutil.copyfile(made / "model" / "card.json", model / "card.json")
+    assert main(["unet", "--work", str(copied), *more]) == 0
+    (model / "card.json").unlink()  # what is done needs it no longer
+    assert main(["unet", "--work", str(copied), *more]) == 0
 
 
 def test_restart_keeps_latents_and_reports_pass_over_other_files(copied: Path, capsys) -> None:  # noqa: F811

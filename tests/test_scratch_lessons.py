@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 from collections import Counter
 from itertools import islice
@@ -15,8 +16,10 @@ from torch import nn
 from transformers import CLIPTokenizer
 
 from src import diffusion
+from src.checkpoints import CheckpointFolder
+from src.config import set_value
 from src.diffusion import NoiseSchedule
-from src.errors import UserError
+from src.errors import ExitCode, UserError
 from src.scenes import grammar
 from src.scenes.facts import QUESTIONS
 from src.scratch import clip, learning, tokenizer, unet, vae
@@ -88,14 +91,24 @@ def test_it_learns_and_a_resumed_run_is_the_same_bit_for_bit(tmp_path: Path, mon
     logs = [
         [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("whole", "cut")
     ]
-    judged = [[record | {"seconds": 0} for record in log if record["kind"] == "validation"] for log in logs]
-    assert judged[0] == judged[1]
+    whole_log, cut_log = ([record | {"seconds": 0} for record in log] for log in logs)
+    assert cut_log == whole_log  # also the point that the interruption fell into
     assert [record["step"] for record in logs[1] if record["kind"] == "train"] == [10, 20, 30]
 
 
 def test_a_loss_that_is_no_number_ends_it_with_a_hint(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no number 3 times in a row.*learning_rate=0.05"):
+    with pytest.raises(UserError, match=r"no number 3 times in a row.*--restart --set \w+.learning_rate=0.05") as caught:
         learn(lesson(settings(), spoil_at=5), tmp_path, MachineSettings("cpu", "fp32"), Terminal())
+    assert caught.value.exit_code == ExitCode.DIVERGED
+    assert math.isnan(vae.psnr(torch.tensor([math.nan]), torch.zeros(1)))  # and a picture that is none has no quality
+
+
+def test_a_figure_that_is_no_number_costs_no_checkpoint(tmp_path: Path) -> None:
+    """A manifest holds no NaN: what was judged is then unknown, and what was learnt is kept."""
+    taught = lesson(settings())
+    taught.judge = lambda: ({"held_out_loss": math.nan}, None)
+    assert math.isnan(learn(taught, tmp_path, MachineSettings("cpu", "fp32"), Terminal())["held_out_loss"])
+    assert CheckpointFolder(tmp_path, print).newest().facts["figures"] == {"held_out_loss": None}
 
 
 def test_the_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
@@ -328,3 +341,9 @@ def test_captions_are_counted_in_tokens() -> None:
     merges = tokenizer.learn_merges(Counter({"low": 5, "lower": 2}), 2)
     assert tokenizer.tokens_of("low", merges) == ["low</w>"] or len(tokenizer.tokens_of("low", merges)) == 1
     assert len(tokenizer.tokens_of("lower", [])) == 5
+
+
+@pytest.mark.parametrize("value", [64, 1.5, None, True])
+def test_a_list_of_numbers_is_not_one(value: object) -> None:
+    with pytest.raises(UserError, match=r"vae\.channels: expected a list of whole numbers, got"):
+        set_value(ScratchSettings(), "vae.channels", value)

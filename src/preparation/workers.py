@@ -18,6 +18,7 @@ from src.processes import MAX_POOL
 
 MAX_WORKERS = 4  # each takes 75 MB, and 160 MB while it decodes 12 megapixels: all together must stay below 1 GB
 _IN_FLIGHT = 8  # for each worker
+AGAIN = "run again with --workers 1: what is done stays done"
 
 _state: Any = None
 _turn: Any = threading.Lock()  # in a worker: one that all workers share
@@ -29,11 +30,14 @@ def process_count(wanted: int | None, items: int) -> int:
     return max(1, min(wanted or min(cores, MAX_WORKERS), (items + 3) // 4))
 
 
-def work(function: Callable[..., Any], state: Any, inputs: Iterable[tuple[Any, ...]], processes: int) -> Iterator[Any]:
+def work(
+    function: Callable[..., Any], state: Any, inputs: Iterable[tuple[Any, ...]], processes: int, again: str = AGAIN
+) -> Iterator[Any]:
     """Yield ``function(state, *input)`` for each input, in their order.
 
     New processes, not forked ones: a fork copies whatever threads and locks the program holds. With one process all is
-    done in this one. Raises what ``function`` raises; UserError (out of memory) when a process was killed.
+    done in this one. Raises what ``function`` raises; UserError (out of memory), which ends with ``again``, when a process was
+    killed.
     """
     if processes == 1:
         for item in inputs:
@@ -51,8 +55,7 @@ def work(function: Callable[..., Any], state: Any, inputs: Iterable[tuple[Any, .
             yield waiting.popleft().result()
     except BrokenProcessPool:
         raise UserError(
-            "a worker process was killed, most likely for want of memory; run again with --workers 1: what is done stays done",
-            ExitCode.OUT_OF_MEMORY,
+            f"a worker process was killed, most likely for want of memory; {again}", ExitCode.OUT_OF_MEMORY
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

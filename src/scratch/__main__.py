@@ -11,6 +11,7 @@ from src.config import parse_assignment, set_from, set_value
 from src.doors import answer
 from src.errors import ExitCode, usage_error
 from src.flags import CommandLine, Flag, switch
+from src.model_files import EMBEDDED
 from src.scratch.settings import PHASES, ScratchSettings, check, model_folder
 from src.terminal import Terminal
 
@@ -42,7 +43,8 @@ EPILOG = """examples:
   python -m src.scratch reconstruct --picture a.png        a picture through the VAE and back
   python -m src.scratch around --picture a.png             decoded samples around its latents
 
-exit codes: 0 done, 1 failure, 2 wrong usage, 3 out of memory, 4 not found, 6 input refused, 130 interrupted"""
+exit codes: 0 done, 1 failure, 2 wrong usage, 3 out of memory, 4 not found, 6 input refused, 7 the loss
+diverged, 130 interrupted"""
 FLAGS: dict[str, tuple[Flag, ...]] = {
     "folders": (
         Flag(("--out",), "the model's folder (default: WORK/model); of tools, the picture's (outputs)", metavar="DIR"),
@@ -109,19 +111,24 @@ def _run(argv: Sequence[str], terminal: Terminal) -> int:
         return ExitCode.OK
     device_of(settings.machine)  # refused now if it is not there, not after an hour
     work = Work(work_folder, terminal.say)
-    if settings.unet.begin_from is not None and verb in ("all", "unet"):
+    if settings.unet.begin_from is not None and verb in ("all", "unet") and not work.is_done("unet", settings):
         from src.scratch.card import check_begin
 
         check_begin(Path(settings.unet.begin_from).expanduser(), settings.unet, work)  # before anything is forgotten or learnt
     out = Path(typed.get("out", work_folder / "model")).expanduser()
+    if verb in ("all", "assemble"):
+        _check_out(out, work_folder)
     if "restart" in typed:
         work.inputs(verb)  # nothing is forgotten if it could not be learnt again
         work.restart(verb)
-    if verb == "all":
-        _check_beginning(work, settings)
+    _check_beginning(work, settings, PHASES[:2] if verb == "all" else [verb] if verb != "assemble" else ())
     for phase in PHASES if verb == "all" else (verb,):
         if phase != "assemble" and work.is_done(phase, settings):
             terminal.say(f"{phase:<9} is done ({work.of(phase) / 'final'})")
+            if phase == "unet" and (count := work.result(phase).facts["settings"].get("examined")) != settings.unet.examined:
+                terminal.say(
+                    f"unet      was examined with {count} pictures and is not again: evaluate adherence --count N does"
+                )
             continue
         work.inputs(phase)
         terminal.say(f"{phase:<9} begins")
@@ -129,15 +136,27 @@ def _run(argv: Sequence[str], terminal: Terminal) -> int:
     return ExitCode.OK
 
 
-def _check_beginning(work: Any, settings: ScratchSettings) -> None:
-    """Refuse to draw other scenes, or learn another tokenizer, under what was learnt from those. Raises UserError (usage)."""
-    for index, phase in enumerate(PHASES[:2]):
-        is_there, later = (work.of(phase) / "final").exists(), [work.of(name) / "final" for name in PHASES[index + 1 : -1]]
-        if is_there and not work.is_done(phase, settings) and any(folder.exists() for folder in later):
+def _check_beginning(work: Any, settings: ScratchSettings, phases: Sequence[str]) -> None:
+    """Refuse to draw other scenes, or learn other parts, under what was learnt from those. Raises UserError (usage)."""
+    from src.scratch.phases import NEEDS
+
+    for phase in phases:
+        is_there = (work.of(phase) / "final").exists() and not any(
+            work.of(phase).glob("checkpoint-*")
+        )  # which say more
+        later = [name for name in PHASES[:-1] if phase in NEEDS[name]]
+        if is_there and not work.is_done(phase, settings) and any((work.of(name) / "final").exists() for name in later):
             raise usage_error(
-                f"{work.folder}: its {phase} are of other settings, and more was learnt from them; give another --work, or run "
-                f"python -m src.scratch {phase} --restart --work {work.folder} first, with your settings"
+                f"{work.folder}: {phase} is there with other settings, and more was learnt from it; give another --work, or "
+                f"run python -m src.scratch {phase} --restart --work {work.folder} first, with your settings"
             )
+
+
+def _check_out(out: Path, work_folder: Path) -> None:
+    """Refuse, before hours of learning, a place that would move what is needed aside. Raises UserError (usage)."""
+    for needed in (work_folder, EMBEDDED.parent, Path.cwd()):
+        if needed.resolve().is_relative_to(out.resolve()):
+            raise usage_error(f"--out {out}: {needed} lies there and would be moved aside; name a folder of the model's own")
 
 
 def _check_flags(typed: dict[str, Any], verb: str) -> None:

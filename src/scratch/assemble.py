@@ -74,10 +74,10 @@ def unpack(model: Path, work: Work, other_scenes: bool = False) -> None:
     card = read_card(model)
     parts = {phase: files_of(model, card, phase) for phase in UNPACKED}
     waiting = [phase for phase in UNPACKED if not _is_there(work, phase, parts[phase])]
-    drawn, learnt = work.result("scenes").facts, card["phases"]["scenes"]
-    before = as_learnt(learnt["settings"])
-    asked = {name: before[name] for name in settings_of(ScratchSettings(), "scenes")}
-    are_same = as_learnt(drawn["settings"]) == before and drawn["figures"] == learnt["figures"]
+    drawn, scenes = work.result("scenes").facts, card["phases"]["scenes"]
+    known = as_learnt(scenes["settings"])
+    asked = {name: known[name] for name in settings_of(ScratchSettings(), "scenes")}
+    are_same = as_learnt(drawn["settings"]) == known and drawn["figures"] == scenes["figures"]
     if not are_same and not other_scenes:
         typed = " ".join(f"--set {name}={value}" for name, value in asked.items())
         raise usage_error(
@@ -85,8 +85,10 @@ def unpack(model: Path, work: Work, other_scenes: bool = False) -> None:
             "model go on with these: --other-scenes"
         )
     for phase in waiting:
-        facts = {"settings": card["phases"][phase]["settings"], "inputs": work.inputs(phase)}
-        facts |= {"figures": card["phases"][phase]["figures"]} | ({} if are_same else {SCENES_BEFORE: asked})
+        learnt = card["phases"][phase]
+        facts = {"settings": learnt["settings"], "inputs": work.inputs(phase), "figures": learnt["figures"]}
+        before = learnt.get(SCENES_BEFORE, None if are_same else asked)  # a part that never learnt from the model's scenes
+        facts |= {SCENES_BEFORE: before} if before else {}
         CheckpointFolder(work.of(phase), work.say).publish("final", parts[phase], facts)
 
 

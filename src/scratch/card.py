@@ -11,7 +11,7 @@ from typing import Any
 from src.errors import not_found, refused, usage_error
 from src.scenes import grammar
 from src.scratch.phases import Work, settings_of
-from src.scratch.settings import ScratchSettings, UnetSettings
+from src.scratch.settings import ADDED, ScratchSettings, UnetSettings
 from src.scratch.tokenizer import TOKENIZER_FILES
 
 CARD, PAGE, SAMPLES = "card.json", "README.md", "samples.png"
@@ -93,12 +93,12 @@ def _typed(value: Any) -> str:
 def make_card(work: Work, inputs: dict[str, str], names: list[str]) -> dict[str, Any]:
     """Recipe and figures of every phase, versions, and the names of all files."""
     results = {phase: work.result(phase) for phase in inputs}
-    usual = ScratchSettings()
+    usual = {phase: settings_of(ScratchSettings(), phase) for phase in results}
     changed = [  # whose folder a model lay in is nobody's business
         f"--set {phase}.{name}={f'models/{Path(value).name}' if name == 'begin_from' else _typed(value)}"
         for phase, one in results.items()
-        for name, value in one.facts["settings"].items()
-        if value != settings_of(usual, phase)[name]
+        for name, value in _with_added(one.facts["settings"], usual[phase]).items()
+        if value != usual[phase][name]
     ]
     told = ("settings", "figures", SCENES_BEFORE)
     phases = {phase: {part: dict(one.facts[part]) for part in told if part in one.facts} for phase, one in results.items()}
@@ -112,6 +112,11 @@ def make_card(work: Work, inputs: dict[str, str], names: list[str]) -> dict[str,
         "phases": phases, **before,
         "made_with": {name: version(name) for name in ("torch", "diffusers", "transformers")} | {"machine": platform.machine()},
     }  # fmt: skip
+
+
+def _with_added(settings: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
+    """A phase's settings, with what they meant before a setting was there."""
+    return settings | {name: value for name, value in ADDED.items() if name in usual and name not in settings}
 
 
 def page_of(card: dict[str, Any]) -> str:
@@ -163,8 +168,8 @@ def _made_by(card: dict[str, Any]) -> list[str]:
     begins = ["Made", *["its U-Net went on"] * (len(cards) - 1)]
     notes = [f" ({one['note'].rstrip('.')})" if "note" in one else "" for one in cards]
     made = [f"{begin} by `{one['command']}`{note};" for begin, one, note in zip(begins, cards, notes)]
-    if parts := [phase for phase, one in card["phases"].items() if SCENES_BEFORE in one]:
-        scenes = card["phases"][parts[0]][SCENES_BEFORE]
-        drawn = ", ".join(f"{name} {value}" for name, value in scenes.items())
-        made.append(f"{', '.join(parts)} learnt from other scenes ({drawn});")
-    return made
+    parts: dict[str, list[str]] = {}
+    for phase, one in card["phases"].items():
+        if SCENES_BEFORE in one:
+            parts.setdefault(", ".join(f"{name} {value}" for name, value in one[SCENES_BEFORE].items()), []).append(phase)
+    return made + [f"{', '.join(phases)} learnt from other scenes ({drawn});" for drawn, phases in parts.items()]

@@ -13,7 +13,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from src import files
+from src import base_models, files
+from src.config import AppConfig, ModelConfig, OptimizationConfig
 from src.errors import ExitCode, not_found, usage_error
 from src.images import contact_sheet, fit_to, read_image, save_picture
 from src.model_shapes import read_shapes
@@ -60,7 +61,7 @@ def _read(paths: Sequence[str], folder: Path) -> list[Tensor]:
 
 def read_vae(folder: Path) -> AutoencoderKL:
     """The VAE of a model's folder, in fp32."""
-    return AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32, use_safetensors=True).eval()
+    return base_models.load_component(folder / "vae", "vae", "AutoencoderKL", torch.float32)
 
 
 @torch.no_grad()
@@ -75,11 +76,10 @@ def between_pictures(vae: AutoencoderKL, first: Tensor, second: Tensor, count: i
 @torch.no_grad()
 def between_prompts(folder: Path, prompts: Sequence[str], count: int, seed: int, terminal: Terminal) -> Image.Image:
     """A row of pictures from the same noise, whose embedding goes from one prompt to the other in equal steps."""
-    from diffusers import StableDiffusionPipeline
-
     if read_shapes(folder).family == "SDXL":
         raise usage_error(f"{folder}: interpolate walks between prompts of SD 1.x and 2.x; take such a model")
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
+    model = ModelConfig(model_id=str(folder), device="cpu", precision="fp32")
+    pipeline = base_models.load(AppConfig(model, optimization=OptimizationConfig(disable_safety_checker=True))).pipeline
     pipeline.set_progress_bar_config(disable=True)
     ends = [pipeline.encode_prompt(prompt, pipeline.device, 1, True) for prompt in prompts]
     shares, pictures = [i / (count - 1) for i in range(count)], []
@@ -115,7 +115,9 @@ def around(vae: AutoencoderKL, picture: Tensor, count: int, seed: int) -> Image.
     pictures, labels = [], []
     for distance in DISTANCES:
         noise = torch.randn((count, *posterior.mean.shape[1:]), generator=random)
-        pictures += [to_image(one) for one in vae.decode(posterior.mean + distance * posterior.std * noise).sample]
+        pictures += [  # one at a time: a full-size decoder takes gigabytes for each
+            to_image(vae.decode(posterior.mean + distance * posterior.std * one[None]).sample[0]) for one in noise
+        ]
         labels += [f"{distance:g} deviations"] * count
     return contact_sheet(pictures, labels, columns=count)
 

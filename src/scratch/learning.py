@@ -27,7 +27,7 @@ from src.scratch import phase_report
 from src.scratch.muon import Muon, has_fast_bf16, parameter_groups
 from src.scratch.settings import ADDED, NOT_LEARNT, MachineSettings
 from src.terminal import Terminal
-from src.training.history import History
+from src.training.history import History, finite
 from src.training.interruption import Interruption
 from src.training.network import MovingAverage
 from src.training.optimizers import pack_state, unpack_state
@@ -39,6 +39,7 @@ LIVE, AVERAGE, OPTIMIZER, NUMBERS = (
 KEEP = 2  # checkpoints of a phase
 POINT_STEPS = 10  # a point of the loss curve is the mean of so many
 MAX_NOT_FINITE = 3
+BEGUN = "model_it_began_from"  # a hash of what that says of itself: by now its folder may hold another
 
 
 class Settings(Protocol):
@@ -160,7 +161,7 @@ class Student:
             if self._not_finite == MAX_NOT_FINITE:
                 raise UserError(
                     f"{self.lesson.name}: the loss was no number {MAX_NOT_FINITE} times in a row at step {self.step}; "
-                    f"try --set {self.lesson.name}.learning_rate={settings.learning_rate / 2:g}", ExitCode.FAILURE,
+                    f"try --restart --set {self.lesson.name}.learning_rate={settings.learning_rate / 2:g}", ExitCode.DIVERGED,
                 )  # fmt: skip
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -204,7 +205,9 @@ class Student:
             OPTIMIZER: safetensors.torch.save(_on_cpu(tensors)), NUMBERS: numbers.encode(),
         }  # fmt: skip
         self.history.flush()
-        facts = {"lesson": self._facts(), "seconds": self.seconds, "figures": self.figures}
+        figures = {name: finite(value) for name, value in self.figures.items()}  # a manifest holds no other numbers
+        facts = {"lesson": self._facts(), "seconds": self.seconds, "figures": figures}
+        facts |= {"noted": self._noted, "not_finite": self._not_finite}  # of a point of the curve that is not full yet
         self.saved = store.save(self.step, contents, facts)
         store.prune(KEEP)
         return self.saved
@@ -224,6 +227,7 @@ class Student:
         _put_back(self.average.tensors, safetensors.torch.load(checkpoint.read(AVERAGE)))
         unpack_state(self.optimizer, safetensors.torch.load(checkpoint.read(OPTIMIZER)), checkpoint.read(NUMBERS).decode())
         self.step, self.seconds, self.figures = checkpoint.step, checkpoint.facts["seconds"], checkpoint.facts["figures"]
+        self._noted, self._not_finite = list(checkpoint.facts.get("noted", ())), checkpoint.facts.get("not_finite", 0)
         self.history.rewind(self.step)
         self.terminal.say(f"{self.lesson.name:<7} goes on after step {self.step:,} of {self.lesson.settings.steps:,}")
 
@@ -249,7 +253,8 @@ def _put_back(tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> Non
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What is not the same, but for what changes nothing that was learnt."""
-    before = {name: value for name, value in ADDED.items() if name in now} | dict(before)
+    known = ADDED | {name: now[name] for name in now if name == BEGUN}  # which older checkpoints do not say
+    before = {name: value for name, value in known.items() if name in now} | dict(before)
     names = [name for name in {**before, **now} if name not in NOT_LEARNT and _plain(before.get(name)) != _plain(now.get(name))]
     told = [f"{name} {before.get(name)} -> {now.get(name)}" for name in names if name != "inputs"]
     others = [phase for phase in now["inputs"] if before.get("inputs", {}).get(phase) != now["inputs"][phase]]

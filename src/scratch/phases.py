@@ -12,6 +12,7 @@ from src import files, folders
 from src.checkpoints import MANIFEST, Checkpoint, CheckpointFolder, read_manifest
 from src.errors import UserError, not_found, usage_error
 from src.scratch.settings import ADDED, NOT_LEARNT, ScratchSettings
+from src.training.history import finite
 
 NEEDS = {
     "scenes": (), "tokenizer": ("scenes",), "vae": ("scenes",), "clip": ("scenes", "tokenizer"),
@@ -69,7 +70,11 @@ class Work:
         inputs: Mapping[str, str],
     ) -> Path:  # fmt: skip
         """Write the result of a phase, in place of an older one. ``inputs`` are those that it was learnt from."""
-        facts = {"settings": settings_of(settings, phase), "inputs": dict(inputs), "figures": dict(figures)}
+        facts = {
+            "settings": settings_of(settings, phase),
+            "inputs": dict(inputs),
+            "figures": {name: finite(value) for name, value in figures.items()},
+        }
         return CheckpointFolder(self.of(phase), self.say).publish("final", contents, facts)
 
     def restart(self, phase: str) -> None:
@@ -93,7 +98,12 @@ class Work:
 
 def identity(result: Checkpoint) -> str:
     """A hash of all that a published folder holds."""
-    return hashlib.sha256((result.folder / MANIFEST).read_bytes()).hexdigest()[:16]
+    return digest((result.folder / MANIFEST).read_bytes())
+
+
+def digest(data: bytes) -> str:
+    """Sixteen digits that no other data has."""
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def as_learnt(settings: Mapping[str, Any]) -> dict[str, Any]:

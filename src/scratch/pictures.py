@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
-import os
-import signal
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import torch
@@ -18,9 +13,9 @@ from torch import Tensor
 
 from src.checkpoints import Checkpoint
 from src.images import contact_sheet
-from src.processes import MAX_POOL
-from src.scenes.drawing import draw
-from src.scenes.grammar import SIZE_PX, Scene, scenes
+from src.preparation import workers
+from src.scenes.grammar import SIZE_PX, Scene
+from src.scenes.shards import draw_shard
 from src.scratch import phase_report
 from src.scratch.phases import Work
 from src.scratch.settings import ScratchSettings
@@ -28,6 +23,7 @@ from src.terminal import Terminal
 
 SHOWN = 36  # in the report
 SHARD = 1000  # scenes that are drawn and kept together
+AGAIN = "close other programs, and run the same command again"  # where a process that draws them was killed
 
 
 @dataclass(frozen=True)
@@ -66,17 +62,15 @@ def draw_scenes(work: Work, settings: ScratchSettings, terminal: Terminal) -> di
     captions: set[str] = set()
     terminal.start_progress(sum(counts.values()))
     done = 0
-    # "spawn": a forked child would hold this process's threads, and wait for them forever.
-    pool = ProcessPoolExecutor(min(len(jobs), _cores(), MAX_POOL), multiprocessing.get_context("spawn"), _leave_interrupts)
     try:
-        for (seed, split, count, *_), (data, pngs) in zip(jobs, pool.map(_draw_shard, jobs)):
+        drawn = workers.work(draw_shard, None, jobs, workers.process_count(None, SHARD * len(jobs)), AGAIN)
+        for (seed, split, count, *_), (data, pngs) in zip(jobs, drawn):
             stem = f"{split}-{seed % 1_000_000:07d}"
             contents |= {f"{stem}.json": data, f"{stem}.png-s": pngs}
             captions.update(entry["scene"]["caption"] for entry in json.loads(data))
             done += count
             terminal.progress(done, f"scenes  {stem}")
-    finally:  # Ctrl-C does not wait for what nobody will read
-        pool.shutdown(wait=False, cancel_futures=True)
+    finally:
         terminal.end_progress()
     figures = {"distinct_captions": len(captions)}
     work.publish("scenes", settings, contents, figures, {})
@@ -85,16 +79,6 @@ def draw_scenes(work: Work, settings: ScratchSettings, terminal: Terminal) -> di
     sheet = contact_sheet(large, shown.captions, columns=6)
     phase_report.write_scenes(work.of("scenes"), settings.scenes, counts | figures, sheet)
     return figures
-
-
-def _cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _leave_interrupts() -> None:
-    """Ctrl-C is the parent's, which tells its children to stop."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def read_pictures(result: Checkpoint, split: str, limit: int | None = None) -> Pictures:
@@ -113,15 +97,3 @@ def read_pictures(result: Checkpoint, split: str, limit: int | None = None) -> P
     for place, file in zip(pixels.numpy(), files):
         place[:] = np.asarray(Image.open(io.BytesIO(file)))
     return Pictures(found, pixels.permute(0, 3, 1, 2))
-
-
-def _draw_shard(job: tuple[int, str, int, str, int]) -> tuple[bytes, bytes]:
-    """JSON of the scenes, each with the size of its PNG, and the PNGs one after the other."""
-    seed, split, count, grammar, lattice_px = job
-    entries, pngs = [], []
-    for scene in islice(scenes(seed, split, grammar=grammar, lattice_px=lattice_px), count):
-        file = io.BytesIO()
-        draw(scene).save(file, "PNG", compress_level=1)
-        pngs.append(file.getvalue())
-        entries.append({"scene": scene.as_dict(), "bytes": len(pngs[-1])})
-    return json.dumps(entries, separators=(",", ":")).encode(), b"".join(pngs)

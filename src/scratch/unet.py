@@ -45,9 +45,9 @@ from src.images import contact_sheet, encode_png
 from src.scenes.drawing import TOLD, shapes_map
 from src.scratch import clip, phase_report, vae
 from src.scratch.card import BEGAN_FROM, LAYERS, SAMPLES, SKILL, check_begin, files_of
-from src.scratch.learning import Lesson, device_of, learn, precision_of
+from src.scratch.learning import BEGUN, Lesson, device_of, learn, precision_of
 from src.scratch.muon import has_fast_bf16
-from src.scratch.phases import LATENTS, Work
+from src.scratch.phases import LATENTS, Work, digest
 from src.scratch.pictures import read_pictures
 from src.scratch.settings import ScratchSettings, UnetSettings
 from src.scratch.tokenizer import read_tokenizer
@@ -209,7 +209,8 @@ def learn_unet(work: Work, settings: ScratchSettings, terminal: Terminal) -> dic
         figures = {"held_out_loss": float(sum(losses)) / len(which), f"adherence_of_{len(scenes)}": sum(right) / len(right)}
         return figures, sheet(pictures[:SHOWN], [scene.caption for scene in scenes[:SHOWN]])
 
-    lesson = Lesson("unet", pupil, settings.unet, loss, judge, {"inputs": inputs, "told": len(TOLD)})
+    begun = {BEGUN: digest(origin[BEGAN_FROM])} if origin else {}
+    lesson = Lesson("unet", pupil, settings.unet, loss, judge, {"inputs": inputs, "told": len(TOLD), **begun})
     figures = learn(lesson, work.of("unet"), settings.machine, terminal)
     figures["parameters"] = sum(item.numel() for item in unet.parameters())
     figures["samples"] = learnt_before + settings.unet.steps * settings.unet.batch_size

@@ -82,7 +82,7 @@ def crops(pictures: Pictures, settings: VaeSettings, step: int) -> Tensor:
 
 def psnr(one: Tensor, other: Tensor) -> float:
     """Peak signal-to-noise ratio in dB of pictures in [-1, 1]: 10 log10(2^2 / mean squared error), over all pixels."""
-    return 10 * math.log10(4 / max(1e-12, float(F.mse_loss(one.float(), other.float()))))
+    return 10 * math.log10(4 / max(float(F.mse_loss(one.float(), other.float())), 1e-12))  # in this order no number stays none
 
 
 def learn_vae(work: Work, settings: ScratchSettings, terminal: Terminal) -> dict[str, float]:

@@ -49,7 +49,7 @@ class History:
         """
         if kind not in KINDS:
             raise ValueError(f"'{kind}' is no kind of record; there are: {', '.join(KINDS)}")
-        self._records.append(Record(kind, step, {name: _finite(value) for name, value in values.items()}))
+        self._records.append(Record(kind, step, {name: finite(value) for name, value in values.items()}))
         self._is_saved = False
         if time.monotonic() - self._saved_at > FLUSH_EVERY_S:
             try:
@@ -95,6 +95,6 @@ def _line(record: Record) -> str:
     return json.dumps({"kind": record.kind, "step": record.step} | record.values, ensure_ascii=False, default=str) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no NaN, and no infinity."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
