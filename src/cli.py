@@ -75,10 +75,7 @@ def _draw(
         from src.generator import TextToImageGenerator  # torch: seconds, paid only when all that was typed is right
     from src.session import Session
 
-    if (threads := terminal.processes.cpu_threads()) is not None:
-        import torch
-
-        torch.set_num_threads(threads)
+    terminal.processes.set_threads()
     generator = TextToImageGenerator(config, terminal.say)
     generator.allow_partial = "allow_partial" in typed
     session = Session(generator, terminal, wishes)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from src.errors import usage_error
-from src.processes import Processes
+from src.processes import CONTROL_GROUPS, Processes, control_groups, system_text
 
 NVML_LIBRARY = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
 NAME_BYTES = 96  # NVML_DEVICE_NAME_V2_BUFFER_SIZE
@@ -154,7 +154,7 @@ def available_memory_bytes(meminfo: str | None = None) -> int | None:
 def driver_spills() -> bool:
     """Whether a full card goes on in the machine's memory, a hundred times slower, in place of an error: Windows' driver,
     which is also that of Linux within Windows (WSL)."""
-    return sys.platform == "win32" or "microsoft" in _read_text("/proc/sys/kernel/osrelease").lower()
+    return sys.platform == "win32" or "microsoft" in system_text(Path("/proc/sys/kernel/osrelease")).lower()
 
 
 def cpu_has_bf16(cpuinfo: str | None = None) -> bool:
@@ -172,7 +172,7 @@ def cpu_vectors(cpuinfo: str | None = None) -> str | None:
 
 
 def _cpu_flags(cpuinfo: str | None) -> set[str]:
-    text = _read_text("/proc/cpuinfo") if cpuinfo is None else cpuinfo
+    text = system_text(Path("/proc/cpuinfo")) if cpuinfo is None else cpuinfo
     return set(
         next((line.partition(":")[2] for line in text.splitlines() if line.startswith(("flags", "Features"))), "").split()
     )
@@ -201,7 +201,7 @@ def _read_card(nvml: Any, index: int) -> Card | None:
 
 
 def _meminfo_bytes(field: str, meminfo: str | None) -> int | None:
-    text = _read_text("/proc/meminfo") if meminfo is None else meminfo
+    text = system_text(Path("/proc/meminfo")) if meminfo is None else meminfo
     for line in text.splitlines():
         name, _, value = line.partition(":")
         if name == field:
@@ -209,20 +209,17 @@ def _meminfo_bytes(field: str, meminfo: str | None) -> int | None:
     return None
 
 
-def _container_bytes(cgroup: str | None = None, root: Path = Path("/sys/fs/cgroup")) -> int | None:
+def _container_bytes(cgroup: str | None = None, root: Path = CONTROL_GROUPS) -> int | None:
     """What a container, or another control group, may still take of its limit; None where there is none.
 
-    ``cgroup`` stands for the text of /proc/self/cgroup. Version 2, and version 1 where that is mounted. Pages of files that
-    the system gives back at once do not count as taken.
+    The arguments are those of ``control_groups``. Pages of files that the system gives back at once do not count as taken.
     """
-    lines = (_read_text("/proc/self/cgroup") if cgroup is None else cgroup).splitlines()
-    own = next((line.split(":", 2)[2] for line in lines if line.startswith("0::")), "")
     names = {"memory.max": "memory.current", "memory.limit_in_bytes": "memory.usage_in_bytes"}
-    for folder in (root / own.lstrip("/"), root, root / "memory"):
+    for folder in control_groups("memory", cgroup, root):
         for limit, used in names.items():
-            numbers = [_read_text(str(folder / name)).strip() for name in (limit, used)]
+            numbers = [system_text(folder / name).strip() for name in (limit, used)]
             if all(number.isdecimal() for number in numbers):  # "max": no limit
-                stat = dict(line.split(" ", 1) for line in _read_text(str(folder / "memory.stat")).splitlines())
+                stat = dict(line.split(" ", 1) for line in system_text(folder / "memory.stat").splitlines())
                 return max(0, int(numbers[0]) - int(numbers[1]) + int(stat.get("inactive_file", "0")))
     return None
 
@@ -231,10 +228,3 @@ def _windows_memory() -> _WindowsMemory:
     memory = _WindowsMemory(length=ctypes.sizeof(_WindowsMemory))
     ctypes.WinDLL("kernel32").GlobalMemoryStatusEx(ctypes.byref(memory))
     return memory
-
-
-def _read_text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

@@ -120,10 +120,11 @@ def _find_own(config: AppConfig) -> tuple[model_source.Source, model_shapes.Mode
     source = model_source.resolve(model.model_id, cache, model.offline, revision=model.revision, include_safety_checker=checker)
     if source.path is None:
         raise not_found(f"{model.model_id}: not on disk, and its shapes are not bundled; draw with it once, or give a folder")
-    folder = source.path
-    if source.kind == "file":
-        folder = model_files.architecture_folder(read_header(folder), folder, model.architecture)
-    return source, model_shapes.read_shapes(folder)
+    if source.kind != "file":
+        return source, model_shapes.read_shapes(source.path)
+    header = read_header(source.path)
+    folder = model_files.architecture_folder(header, source.path, model.architecture)
+    return source, model_shapes.read_shapes(folder, model_files.in_channels_of(header))
 
 
 @dataclass(frozen=True)

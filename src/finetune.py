@@ -55,6 +55,7 @@ def _run(argv: Sequence[str], terminal: Terminal) -> int:
         from src.training.trainer import Trainer  # torch: seconds, paid only when all that was typed is right
         from src.training.unet_learning import UnetLearning
 
+        terminal.processes.set_threads()
         trainer = Trainer(run, terminal, dataset, UnetLearning(run))
         return trainer.train(store, checkpoint, force="force" in typed)
 

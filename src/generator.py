@@ -20,7 +20,7 @@ from src.errors import is_out_of_memory, usage_error
 from src.lora.shelf import LoraShelf, last_of_each
 from src.lora.stack import AdapterStack, LoraReport
 from src.memory_ladder import MemoryLadder, Result, announce
-from src.memory_plan import PLANNED, check_xformers
+from src.memory_plan import PLANNED
 from src.recipe import to_text_chunks
 from src.request import MAX_SEED, LoraChoice, PictureRequest
 from src.schedulers import build_scheduler, find_sampler
@@ -78,13 +78,11 @@ class TextToImageGenerator:
         self.unload()
         self._loras = loras  # at once: should loading fail, they are attached when it succeeds
         check_types(self.config)
-        if self.config.optimization.enable_xformers:
-            check_xformers(base_models.pick_device(self.config.model.device).type)
         request = request or PictureRequest.from_config(self.config.generation, prompt="-")
         announced = announce(self.config, request, self.say)
         started = time.monotonic()
         model = base_models.load(self.config)
-        shapes = model_shapes.read_shapes(model.config_folder)
+        shapes = model_shapes.read_shapes(model.config_folder, model.pipeline.unet.config.in_channels)
         shapes = replace(shapes, vae=dict(model.pipeline.vae.config))  # another one may do without fp32
         took = f"{time.monotonic() - started:.1f} s"
         self.say(f"model   {model.name} ({model.family}), {model.precision} on {model.device}, {took}")
@@ -220,8 +218,8 @@ class TextToImageGenerator:
             self.say(f"idle    {line}")
         start, (width_px, height_px) = self._read_start(request)
         request = replace(request, width=width_px, height=height_px)
-        if self._memory.may_return(request):
-            self.say("memory  this picture is smaller than the one that left the card; loading the model onto it again")
+        if reason := self._memory.why_return(request):
+            self.say(f"memory  {reason}; loading the model onto the card again")
             self.load_model(request)
         self._memory.place(request)
         done = 0

@@ -24,6 +24,7 @@ from src.memory_prediction import CONTEXT_BYTES, CPU_TILED, RAN_OUT, Placement, 
 from src.model_shapes import ModelShapes
 from src.plan_report import describe
 from src.processes import from_environment
+from src.quantization import check_card
 from src.request import PictureRequest
 
 Result = TypeVar("Result")
@@ -41,14 +42,17 @@ def announce(config: AppConfig, request: PictureRequest, say: Callable[[str], No
     """Say before anything is loaded what plan the request will take, and what that will cost.
 
     Nothing is said where shapes are not known before the model or its VAE is fetched, or where a file is wrong: loading says
-    how. Raises UserError (usage) for switches that contradict each other, and for quantised weights without a card.
+    how. Raises UserError (usage) for switches that contradict each other, and for what the device cannot do: xformers,
+    slicing, quantised weights.
     """
     device = base_models.pick_device(config.model.device)
     dtype = base_models.pick_dtype(config.model.precision, device)
     memory_plan.check_switches(config.optimization)
+    memory_plan.check_device(config.optimization, device.type)
     budget_bytes, process_bytes = optimizations.memory_budget(device, config.optimization), _process_bytes()
     if config.optimization.quantize and budget_bytes is None:
         raise memory_plan.no_card_to_quantize_on(config.optimization.quantize)
+    check_card(config.optimization.quantize, device)
     memory_bytes = _main_memory_bytes(device, process_bytes)
     place = Place("", base_models.name_of(device), base_models.precision_of(dtype), budget_bytes, memory_bytes)
     try:
@@ -80,6 +84,11 @@ def _main_memory_bytes(device: torch.device, before_bytes: int) -> int | None:
     return free_bytes and free_bytes + (own_bytes if device.type == "cpu" else max(0, own_bytes - before_bytes))
 
 
+def _is_all(room_bytes: int, budget_bytes: int) -> bool:
+    """Whether what this process could hold now is what it had to begin with: else another program has taken a part of it."""
+    return room_bytes >= budget_bytes - CONTEXT_BYTES  # kernels loaded meanwhile are no other program's
+
+
 def _say_plan(plan: memory_plan.Plan, say: Callable[[str], None]) -> None:
     for line in (describe(plan), *plan.notes):
         say(f"plan    {line}")
@@ -105,7 +114,9 @@ class MemoryLadder:
         self._budget_bytes = optimizations.memory_budget(model.device, config().optimization)
         self._said, self._before_bytes = announced.placement, announced.process_bytes
         self._ran_out = self._is_quantized = self._must_tile = False
+        self._first_budget_bytes, self._was_crowded = self._budget_bytes, False
         self._left_card_for: PictureRequest | None = None
+        self._card = model.device
         self._applied: Placement | None = None
         self._peaks = MeasuredPeaks(config().paths.folder("cache"), say)
         self._need: Request | None = None  # of the plan in use
@@ -146,9 +157,17 @@ class MemoryLadder:
         if peak_bytes is not None and self._measured_plan is self.plan:
             self._peaks.remember(self._key, self.plan.placement.name, peak_bytes)
 
-    def may_return(self, request: PictureRequest) -> bool:
-        """Whether the card was left for a larger request than this one, so that it is worth loading the model anew."""
-        return self._left_card_for is not None and self._size(request) < self._size(self._left_card_for)
+    def why_return(self, request: PictureRequest) -> str | None:
+        """Why it is worth loading the model anew onto the card that was left; None where it was not, or is not.
+
+        Either it was left for a larger picture, or because another program held a part of it, which is free again.
+        """
+        if self._left_card_for is None:
+            return None
+        if self._size(request) < self._size(self._left_card_for):
+            return "this picture is smaller than the one that left the card"
+        is_free = self._was_crowded and _is_all(optimizations.room_bytes(self._card), self._first_budget_bytes)
+        return "the memory that another program held is free again" if is_free else None
 
     def _size(self, request: PictureRequest) -> int:
         native_px, count = self.model.native_size_px, min(request.batch_size, request.num_images)
@@ -213,9 +232,10 @@ class MemoryLadder:
         if self._budget_bytes is not None:
             # More than there was: the next run begins with a smaller plan, unless more is free by then. What others had taken
             # meanwhile leaves no mark: the plan goes by the larger of this and its prediction.
-            room_bytes = optimizations.room_bytes(self.model.device) or self._budget_bytes
-            is_all = room_bytes >= self._budget_bytes - CONTEXT_BYTES  # kernels loaded meanwhile are no other program's
+            room_bytes = optimizations.room_bytes(self._card) or self._budget_bytes
+            is_all = _is_all(room_bytes, self._budget_bytes)
             too_little = self._budget_bytes if is_all else room_bytes
+            self._was_crowded = self._was_crowded or not is_all
             self._peaks.remember(self._key, failed.placement.name + RAN_OUT, too_little + 1)
             self._budget_bytes = min(self._budget_bytes, failed.peak_bytes - 1, failed.estimate.peak_bytes - 1)
             self._ran_out = True

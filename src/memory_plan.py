@@ -98,6 +98,10 @@ def check_switches(options: OptimizationConfig) -> None:
         raise usage_error(
             "model offload and sequential offload exclude each other; set one (sequential needs less, and is slower)"
         )
+    if options.enable_xformers and options.enable_attention_slicing:
+        raise usage_error(
+            "--xformers and --attention-slicing exclude each other: each is a way to compute attention; leave one out"
+        )
     offload = _wanted_offload(options)
     if offload is not None and MODES.get(options.memory, offload) != offload:
         raise usage_error(f"{offload} offload and --memory {options.memory} contradict each other; leave one out")
@@ -107,6 +111,21 @@ def check_switches(options: OptimizationConfig) -> None:
             f"--quantize {options.quantize} and {wanted} offload exclude each other: quantised layers are moved whole; "
             "use --memory balanced, or leave --quantize out"
         )
+
+
+def check_device(options: OptimizationConfig, device: str) -> None:
+    """Refuse switches that the device cannot follow, before a model is fetched. ``device`` as configured or as torch calls it.
+
+    Raises UserError (usage).
+    """
+    if options.enable_xformers:
+        check_xformers(device)
+    if device != "mps" and not (device == "auto" and devices.has_apple_gpu()):
+        return
+    if options.enable_attention_slicing:
+        raise usage_error("--attention-slicing draws black pictures on a Mac (pytorch#187521); leave it out")
+    if options.quantize:
+        raise usage_error(f"--quantize {options.quantize} needs an NVIDIA card; leave it out")
 
 
 def check_xformers(device: str) -> None:

@@ -238,7 +238,7 @@ def _unet_activations(shapes: ModelShapes, request: Request, placement: Placemen
         return activations + largest_matrix(shapes.unet) * element_bytes
     if request.quantize == "int8":  # a product is whole numbers of four bytes first
         maps, (down, _, _) = MapBytes(size, batch, 4), unet_blocks(shapes.unet)
-        return activations + max(maps(8 * block.channels, block.level) for block in down if block.depth)
+        return activations + max(maps(8 * block.channels, block.level) for block in down if any(block.depths))
     return activations
 
 

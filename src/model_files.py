@@ -181,6 +181,9 @@ _FOREIGN_FILES = {
 }
 
 
+_FIRST_UNET_WEIGHT = "model.diffusion_model.input_blocks.0.0.weight"
+
+
 def family_of_header(header: Header, path: Path) -> Family:
     """The family of a single file in the original layout (CompVis, Stability AI), by its text encoders."""
 
@@ -190,7 +193,7 @@ def family_of_header(header: Header, path: Path) -> Family:
     for verdict, prefixes in _FOREIGN_FILES.items():
         if has(*prefixes):
             raise refused(f"{path}: {verdict}")
-    conv_in = header.tensors.get("model.diffusion_model.input_blocks.0.0.weight")
+    conv_in = header.tensors.get(_FIRST_UNET_WEIGHT)
     if conv_in is None or len(conv_in.shape) != 4:
         raise refused(f"{path}: is no Stable Diffusion checkpoint, for it has no 'model.diffusion_model' tensors; {SUPPORTED}")
     _check_in_channels(conv_in.shape[1], path)
@@ -203,6 +206,11 @@ def family_of_header(header: Header, path: Path) -> Family:
     if has("cond_stage_model.transformer."):
         return "SD1"
     raise refused(f"{path}: holds a U-Net but no text encoder; take the full checkpoint")
+
+
+def in_channels_of(header: Header) -> int:
+    """How many channels the U-Net of a single file takes: 9 for inpainting. Its family was found before."""
+    return header.tensors[_FIRST_UNET_WEIGHT].shape[1]
 
 
 def prediction_type_of(header: Header) -> Literal["epsilon", "v_prediction"] | None:

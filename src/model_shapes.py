@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,9 @@ class ModelShapes:
         return 2 ** (len(self.vae["block_out_channels"]) - 1)
 
 
-def read_shapes(folder: Path) -> ModelShapes:
-    """Read the configs of a diffusers folder; weights need not be there.
+def read_shapes(folder: Path, in_channels: int | None = None) -> ModelShapes:
+    """Read the configs of a diffusers folder; weights need not be there. ``in_channels``: of the U-Net, where a single file
+    may have others than its architecture, as for inpainting.
 
     Raises UserError (not found) for a missing config, UserError (refused) for one that is not of this family of models.
     """
@@ -70,6 +72,7 @@ def read_shapes(folder: Path) -> ModelShapes:
     try:
         text_classes = {name: index[name][1] for name in ("text_encoder", "text_encoder_2") if _is_used(index, name)}
         configs = {name: read_json(folder / name / "config.json", if_missing) for name in ("unet", "vae", *text_classes)}
+        configs["unet"] |= {} if in_channels is None else {"in_channels": in_channels}
         layers = {"unet": list(_unet_layers(configs["unet"])), "vae": list(_vae_layers(configs["vae"]))}
         for name, class_name in text_classes.items():
             layers[name] = list(_text_layers(configs[name], projection=class_name == "CLIPTextModelWithProjection"))
@@ -101,7 +104,7 @@ def sliced_scores_bytes(unet: Config, latent_size: tuple[int, int], element_byte
     """Two matrices of scores, before and after the softmax, of the half of the heads that diffusers' slicing takes at once."""
     heads = _per_block(unet.get("num_attention_heads") or unet["attention_head_dim"], len(unet["block_out_channels"]))
     down, mid, up = unet_blocks(unet)
-    crossed = [block for block in (*down, *([mid] if mid else []), *up) if block.depth]
+    crossed = [block for block in (*down, *([mid] if mid else []), *up) if any(block.depths)]
     tokens = {block.level: math.prod(-(-side >> block.level) for side in latent_size) for block in crossed}
     return max((2 * max(1, heads[level] // 2) * count**2 * element_bytes for level, count in tokens.items()), default=0)
 
@@ -113,23 +116,21 @@ def unet_activation_bytes(unet: Config, latent_size: tuple[int, int], batch: int
     skips = [maps(unet["block_out_channels"][0], 0)]  # every output of the down path waits for the up path
     peak = 0
     for block in down:
-        for channels_in, channels_out in block.resnets:
+        for (channels_in, channels_out), depth in block.pairs:
             x, y = maps(channels_in, block.level), maps(channels_out, block.level)
-            peak = max(peak, sum(skips) - x + _resnet_peak(x, y, workspace), sum(skips) + _transformer_peak(y, block.depth))
+            peak = max(peak, sum(skips) - x + _resnet_peak(x, y, workspace), sum(skips) + _transformer_peak(y, depth))
             skips.append(y)
         if block.resample:
             skips.append(maps(block.channels, block.level + 1))
     current = skips[-1]
-    if mid is not None:
-        peak = max(
-            peak, sum(skips) + _resnet_peak(current, current, workspace), sum(skips) + _transformer_peak(current, mid.depth)
-        )
+    for _, depth in mid.pairs if mid is not None else ():
+        peak = max(peak, sum(skips) + _resnet_peak(current, current, workspace), sum(skips) + _transformer_peak(current, depth))
     for block in up:
         entering = current  # the caller's name for it keeps it alive through the block, and the block's skips with it
         held = sum(skips) + entering
-        for _, channels_out in block.resnets:
+        for (_, channels_out), depth in block.pairs:
             x, y = current + skips.pop(), maps(channels_out, block.level)
-            peak = max(peak, held + _resnet_peak(x, y, workspace), held + _transformer_peak(y, block.depth))
+            peak = max(peak, held + _resnet_peak(x, y, workspace), held + _transformer_peak(y, depth))
             current = y
         if block.resample:
             raised = maps(block.channels, block.level - 1)
@@ -169,17 +170,22 @@ def _coder_activation_bytes(blocks: list[Block], maps: MapBytes, workspace: bool
 
 @dataclass(frozen=True)
 class Block:
-    """ResNets of one resolution, each followed by a transformer where ``depth`` > 0, then a change of resolution."""
+    """ResNets of one resolution, each followed by a transformer as far as ``depths`` go, then a change of resolution."""
 
     level: int  # 0 is the finest resolution; each level halves it
     resnets: tuple[tuple[int, int], ...]  # (channels in, channels out)
-    depth: int = 0
+    depths: tuple[int, ...] = ()  # of each transformer: how many attention blocks it has; the middle has one for two ResNets
     context: int = 0  # width of the text embedding
     resample: bool = False
 
     @property
     def channels(self) -> int:
         return self.resnets[-1][1]
+
+    @property
+    def pairs(self) -> Iterator[tuple[tuple[int, int], int]]:
+        """Each ResNet with the depth of the transformer after it, 0 where none is."""
+        return zip_longest(self.resnets, self.depths, fillvalue=0)
 
 
 @dataclass(frozen=True)
@@ -219,9 +225,9 @@ def unet_blocks(unet: Config) -> tuple[list[Block], Block | None, list[Block]]:
     channels = unet["block_out_channels"]
     count = len(channels)
     layers = _per_block(unet.get("layers_per_block", 2), count)
-    depths = _per_block(unet.get("transformer_layers_per_block", 1), count)
     contexts = _per_block(unet.get("cross_attention_dim", 1280), count)
-    crossed = {"CrossAttnDownBlock2D": True, "DownBlock2D": False, "CrossAttnUpBlock2D": True, "UpBlock2D": False}
+    depths = _per_block(unet.get("transformer_layers_per_block", 1), count)
+    depths_up = _per_block(unet.get("reverse_transformer_layers_per_block") or depths[::-1], count)
     last = channels[0]
     skips, down, up = [last], [], []
     for i, (kind, width) in enumerate(zip(unet["down_block_types"], channels)):
@@ -229,17 +235,33 @@ def unet_blocks(unet: Config) -> tuple[list[Block], Block | None, list[Block]]:
         last = width
         resample = i < count - 1
         skips += [width] * (layers[i] + resample)
-        down.append(Block(i, resnets, depths[i] * crossed[kind], contexts[i], resample))
+        down.append(Block(i, resnets, _transformers(depths[i], layers[i] * _CROSSED[kind]), contexts[i], resample))
     mid = None
     if (kind := unet.get("mid_block_type", "UNetMidBlock2DCrossAttn")) is not None:
-        mid = Block(count - 1, ((last, last),) * 2, depths[-1] * {"UNetMidBlock2DCrossAttn": True}[kind], contexts[-1])
-    for kind, i in zip(unet["up_block_types"], reversed(range(count))):
+        crossed = _CROSSED[kind]  # without attention there is no second ResNet either
+        mid = Block(count - 1, ((last, last),) * (1 + crossed), _transformers(depths[-1], crossed), contexts[-1])
+    for kind, i, depth in zip(unet["up_block_types"], reversed(range(count)), depths_up):
         resnets = []
         for _ in range(layers[i] + 1):
             resnets.append((last + skips.pop(), channels[i]))
             last = channels[i]
-        up.append(Block(i, tuple(resnets), depths[i] * crossed[kind], contexts[i], resample=i > 0))
+        transformers = _transformers(depth, len(resnets) * _CROSSED[kind])
+        up.append(Block(i, tuple(resnets), transformers, contexts[i], resample=i > 0))
     return down, mid, up
+
+
+_CROSSED = {
+    "CrossAttnDownBlock2D": True, "DownBlock2D": False, "UNetMidBlock2DCrossAttn": True, "UNetMidBlock2D": False,
+    "CrossAttnUpBlock2D": True, "UpBlock2D": False,
+}  # fmt: skip
+
+
+def _transformers(depth: Any, count: int) -> tuple[int, ...]:
+    """The depths of a block's transformers. As diffusers does, a list may be longer than there are."""
+    depths = depth if isinstance(depth, (list, tuple)) else [depth] * count
+    if len(depths) < count or not all(type(item) is int for item in depths[:count]):
+        raise ValueError(f"{depth!r} does not describe {count} transformers")
+    return tuple(depths[:count])
 
 
 def _coder_blocks(widths: list[int], layers: int, levels: Iterator[int], last_level: int) -> list[Block]:
@@ -319,9 +341,8 @@ def _unet_layers(unet: Config) -> Iterator[int]:
     for block in (*down, *([mid] if mid else []), *up):
         for inputs, outputs in block.resnets:
             yield from resnet_layers(inputs, outputs, time_of(unet))
-        attentions = 0 if not block.depth else 1 if block is mid else len(block.resnets)
-        for _ in range(attentions):
-            yield from transformer_layers(block.channels, block.depth, block.context)
+        for depth in block.depths:
+            yield from transformer_layers(block.channels, depth, block.context)
         if block.resample:
             yield conv(block.channels, block.channels)
     yield from (norm(first), conv(first, unet.get("out_channels", 4)))
@@ -360,9 +381,10 @@ def _is_used(index: Config, component: str) -> bool:
     return bool(index.get(component) and index[component][0])
 
 
-def _per_block(value: Any, count: int) -> list[int]:
-    values = value if isinstance(value, list) else [value] * count
-    if len(values) != count or not all(type(item) is int for item in values):
+def _per_block(value: Any, count: int) -> list[Any]:
+    """A number for each block; of transformers, which a small SDXL model has of unequal depth, also a list of them."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * count
+    if len(values) != count or not all(type(item) in (int, list, tuple) for item in values):
         raise ValueError(f"{value!r} does not describe {count} blocks")
     return values
 

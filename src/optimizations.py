@@ -12,11 +12,11 @@ from diffusers.hooks import HookRegistry, apply_group_offloading
 
 from src import cpu_layers
 from src.config import OptimizationConfig
-from src.devices import driver_spills
-from src.errors import usage_error
+from src.devices import available_memory_bytes, driver_spills
 from src.memory_plan import budget_of, card_budget
 from src.memory_prediction import CONTEXT_BYTES, VAE_TILE_PX
-from src.quantization import check_card, quantize_unet
+from src.processes import from_environment
+from src.quantization import quantize_unet
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline
@@ -63,12 +63,7 @@ def memory_in_use_bytes(device: torch.device) -> int:
 
 
 def apply(pipeline: DiffusionPipeline, placement: Placement, options: OptimizationConfig, device: torch.device) -> None:
-    """Put the pipeline where the plan says. May be called again with another placement.
-
-    Raises UserError (usage) for a switch that this machine cannot do.
-    """
-    if options.enable_attention_slicing and device.type == "mps":
-        raise usage_error("--attention-slicing draws black pictures on a Mac (pytorch#187521); leave it out")
+    """Put the pipeline where the plan says. May be called again with another placement."""
     _release(pipeline)
     _set_modes(pipeline, placement, options)
     _make_vae_safe(pipeline)
@@ -103,11 +98,8 @@ def use_float32_vae(
 def quantize(pipeline: DiffusionPipeline, kind: str, device: torch.device) -> None:
     """Bring the U-Net's matrices to ``"int8"`` or ``"nf4"``, for good: on the device, so that every plan has the same numbers.
 
-    Raises UserError (usage) without bitsandbytes, on a Mac, and for int8 on a card before Turing.
+    Raises UserError (usage) without bitsandbytes. That the card can do it was asked before the model was loaded.
     """
-    if device.type == "mps":
-        raise usage_error(f"--quantize {kind} needs an NVIDIA card; leave it out")
-    check_card(kind, device)
     quantize_unet(pipeline.unet.requires_grad_(False), kind)
     pipeline.unet.to(device)
 
@@ -163,7 +155,7 @@ def _offload_groups(pipeline: DiffusionPipeline, device: torch.device) -> None:
     streams = {}
     if device.type == "cuda":
         weights = sum(item.numel() * item.element_size() for item in unet.parameters())
-        short = psutil.virtual_memory().available < 2 * weights  # torch rounds what it pins up to a power of two
+        short = _free_memory_bytes() < 2 * weights  # torch rounds what it pins up to a power of two
         streams = {"use_stream": True, "low_cpu_mem_usage": short}
     levels = [str(level) for level in range(len(unet.config.block_out_channels))]
     blocks = ["down_blocks", "mid_block", "up_blocks", *levels]  # looked into; what they list are the groups
@@ -173,6 +165,12 @@ def _offload_groups(pipeline: DiffusionPipeline, device: torch.device) -> None:
             component.to(device)
         elif isinstance(component, torch.nn.Module) and component is not unet:
             apply_group_offloading(component, **places, offload_type="leaf_level")
+
+
+def _free_memory_bytes() -> int:
+    """This process's share of the main memory that is free, of a container's where it has a limit."""
+    free_bytes = available_memory_bytes()
+    return (psutil.virtual_memory().available if free_bytes is None else free_bytes) // from_environment().local_count
 
 
 def _release(pipeline: DiffusionPipeline) -> None:

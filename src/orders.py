@@ -189,8 +189,7 @@ def check_surroundings(typed: dict[str, Any], config: AppConfig, processes: Proc
     memory_plan.check_switches(config.optimization)
     if config.optimization.quantize and config.model.device == "cpu":
         raise memory_plan.no_card_to_quantize_on(config.optimization.quantize)
-    if config.optimization.enable_xformers:
-        memory_plan.check_xformers(config.model.device)
+    memory_plan.check_device(config.optimization, config.model.device)
     if config.optimization.quantize and importlib.util.find_spec("bitsandbytes") is None:
         raise usage_error("--quantize needs the package bitsandbytes; pip install bitsandbytes, or leave --quantize out")
     devices.pick_precision(config.model.precision, on_card=config.model.device != "cpu", cpu_bf16=False)

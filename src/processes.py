@@ -1,4 +1,5 @@
-"""One process or several, as a launcher (accelerate, torchrun, mpirun) says in the environment; torch only to wait.
+"""One process or several, as a launcher (accelerate, torchrun, mpirun) says in the environment; torch only to wait, and to
+be told its threads.
 
 Several processes share out a run's pictures without a word between them: the share follows from what was typed alone, and
 not from what is finished already, which each would see at another moment. So none is drawn twice and none is left out.
@@ -8,13 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 from src.errors import usage_error
 
@@ -30,6 +33,7 @@ LOOK_EVERY_S = 0.1
 ONE_ALONE = "share   accelerate started one process alone; --multi_gpu starts as many as are asked for, on a CPU, too"
 MAX_POOL = 61  # that Windows lets one process wait for: a pool of more is refused there
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +61,30 @@ class Processes:
     def cpu_threads(self, environment: Mapping[str, str] = os.environ) -> int | None:
         """Threads to compute with, so that together the processes use every core once; None: leave it as it is.
 
-        accelerate and torchrun set OMP_NUM_THREADS to 1 where nobody has chosen, which leaves the other cores idle. Launchers
-        of MPI bind each process to cores of its own, fewer than they have themselves: those are not divided again.
+        accelerate and torchrun set OMP_NUM_THREADS to 1 where nobody has chosen, which leaves the other cores idle; accelerate
+        also for a process alone. Launchers of MPI bind each process to cores of its own, fewer than they have themselves: those
+        are not divided again. A container's quota, of time on cores, is not seen by torch: it would start a thread for each
+        core of the machine, and they would wait for each other.
         """
-        if self.local_count == 1 or environment.get("OMP_NUM_THREADS", "1") != "1":
+        chosen, is_alone = environment.get("OMP_NUM_THREADS"), self.local_count == 1
+        if chosen is not None and (chosen != "1" or (is_alone and "ACCELERATE_MIXED_PRECISION" not in environment)):
             return None
         import psutil
 
         usable, of_launcher = _usable_cores(0), _usable_cores(os.getppid())
         cores = max(1, min(usable, psutil.cpu_count(logical=False) or usable))
-        return cores if usable < of_launcher else max(1, cores // self.local_count)
+        quota = quota_cores()
+        if is_alone and chosen is None:  # torch takes every core by itself
+            return quota if quota is not None and quota < cores else None
+        own = cores if usable < of_launcher else max(1, cores // self.local_count)
+        return own if quota is None else min(own, max(1, quota // self.local_count))
+
+    def set_threads(self) -> None:
+        """Let torch compute with ``cpu_threads``."""
+        if (threads := self.cpu_threads()) is not None:
+            import torch
+
+            torch.set_num_threads(threads)
 
     def meet(self) -> None:
         """Wait until every process has come here.
@@ -101,6 +119,36 @@ def _usable_cores(process: int) -> int:
         return len(os.sched_getaffinity(process))
     except (AttributeError, OSError):  # macOS and Windows; a launcher that has ended
         return os.cpu_count() or 1
+
+
+def control_groups(kind: str, cgroup: str | None = None, root: Path = CONTROL_GROUPS) -> Iterator[Path]:
+    """Folders in which the limits of this process's control group stand, a container's for one; the nearest first.
+
+    ``cgroup`` stands for the text of /proc/self/cgroup. Of version 2, and of version 1 where that is mounted; there ``kind``
+    ("memory", "cpu") has a folder of its own.
+    """
+    lines = (system_text(Path("/proc/self/cgroup")) if cgroup is None else cgroup).splitlines()
+    own = next((line.split(":", 2)[2] for line in lines if line.startswith("0::")), "")
+    yield from (root / own.lstrip("/"), root, root / kind)
+
+
+def quota_cores(cgroup: str | None = None, root: Path = CONTROL_GROUPS) -> int | None:
+    """Cores' worth of time that a control group is given, rounded up; None where none has a limit. As ``control_groups``."""
+    found = []
+    for folder in control_groups("cpu", cgroup, root):
+        names = ("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        for words in (" ".join(system_text(folder / name) for name in group).split() for group in names):
+            if len(words) == 2 and all(word.isdecimal() and int(word) for word in words):  # "max", -1: no limit
+                found.append(math.ceil(int(words[0]) / int(words[1])))
+    return min(found, default=None)
+
+
+def system_text(path: Path) -> str:
+    """The text of a file in which the system tells of itself; empty where there is none."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 ALONE = Processes()

@@ -21,7 +21,7 @@ from src.unet_weights import NF4_BLOCK
 INT8_CAPABILITY = (7, 5)  # of CUDA: bitsandbytes' products of int8 need Turing, NF4 only Pascal
 
 
-def check_card(kind: str, device: torch.device) -> None:
+def check_card(kind: str | None, device: torch.device) -> None:
     """Raises UserError (usage) for a card that knows no such products."""
     if kind == "int8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < INT8_CAPABILITY:
         name = torch.cuda.get_device_name(device)

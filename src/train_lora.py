@@ -53,6 +53,7 @@ def _run(argv: Sequence[str], terminal: Terminal) -> int:
         quiet.silence_libraries(verbose="verbose" in typed)
         from src.training.trainer import Trainer  # torch: seconds, paid only when all that was typed is right
 
+        terminal.processes.set_threads()
         return Trainer(run, terminal, dataset).train(store, checkpoint, force="force" in typed)
 
 

@@ -45,7 +45,6 @@ from src.unet_weights import (
     attention_matrices,
     largest_matrix,
     other_matrices,
-    transformers,
     unet_bytes,
 )
 
@@ -154,20 +153,19 @@ def _segments(unet: Config, maps: MapBytes, need: TrainingNeed, workspace: bool)
         if need.part == "mid" and block is not mid:
             need = replace(need, targets="attention")  # passed through, all of it frozen
         convolutions = need.targets == "conv"
-        for number, (channels_in, channels_out) in enumerate(block.resnets):
+        for (channels_in, channels_out), depth in block.pairs:
             x, y = maps(channels_in, block.level), maps(channels_out, block.level)
             inside = x + 2 * y + (x + y) * convolutions  # two norms, the first convolution; what convolutions that learn read
             working = x + 3 * y + (2 * x + 3 * y) * convolutions + (x + y) * workspace
             yield _Segment(x, inside if learns else 0, working)
-            if block is not mid or number == 0:  # the middle has one transformer between two ResNets
-                yield from _transformer_segments(block, maps, need)
-                learns = learns or block.depth > 0
+            yield from _transformer_segments(block, depth, maps, need)
+            learns = learns or depth > 0
         if block.resample and convolutions and block in up:
             yield _Segment(maps(block.channels, block.level - 1), 0)
 
 
-def _transformer_segments(block: Block, maps: MapBytes, need: TrainingNeed) -> Iterator[_Segment]:
-    if not block.depth:
+def _transformer_segments(block: Block, depth: int, maps: MapBytes, need: TrainingNeed) -> Iterator[_Segment]:
+    if not depth:
         return
     y = maps(block.channels, block.level)
     wide = need.targets != "attention"
@@ -179,7 +177,7 @@ def _transformer_segments(block: Block, maps: MapBytes, need: TrainingNeed) -> I
     working = WORKING_TRANSFORMER + 30 * (wide and need.use_dora)
     text = 2 * need.batch_size * TOKENS * block.channels * ELEMENT_BYTES[need.precision]
     yield _Segment(y + y * wide, 0)  # the norm around the blocks, and its projection
-    for _ in range(block.depth):
+    for _ in range(depth):
         yield _Segment(y, round(kept * y) + text, working * y)
     yield _Segment(y * wide, 0)
 
@@ -198,7 +196,7 @@ def _restored_bytes(unet: Config, latent_size: tuple[int, int], need: TrainingNe
         return 0
     matrix = largest_matrix(unet) * ELEMENT_BYTES[need.precision]
     maps, (down, _, _) = MapBytes(latent_size, need.batch_size, 4), unet_blocks(unet)
-    products = [maps(8 * block.channels, block.level) for block in down if block.depth and need.quantize == "int8"]
+    products = [maps(8 * block.channels, block.level) for block in down if any(block.depths) and need.quantize == "int8"]
     return max(matrix, *products) if products else matrix
 
 
@@ -218,9 +216,9 @@ def _target_sizes(unet: Config, targets: str) -> Iterator[tuple[int, int]]:
     """(inputs, outputs) of every layer of the U-Net that gets an adapter; a convolution's inputs count its kernel."""
     down, mid, up = unet_blocks(unet)
     for block in (*down, *([mid] if mid else []), *up):
-        for _ in range(transformers(block, mid)):
-            yield from attention_matrices(block)
-            yield from other_matrices(block) if targets != "attention" else []
+        for depth in block.depths:
+            yield from attention_matrices(block, depth)
+            yield from other_matrices(block, depth) if targets != "attention" else []
         if targets == "conv":
             for inputs, outputs in block.resnets:
                 yield from ((9 * inputs, outputs), (9 * outputs, outputs), (4 * unet["block_out_channels"][0], outputs))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from src.model_shapes import Block, ModelShapes, conv, linear, norm, resnet_layers, time_of, transformer_layers, unet_blocks
-from src.unet_weights import transformers
 
 LAST_BLOCKS = 2  # of the way up, those of the highest resolutions
 OUTPUT = ("conv_norm_out.", "conv_out.")
@@ -26,11 +25,11 @@ def part_numbers(shapes: ModelShapes, part: str) -> int:
     if part == "all":
         return shapes.parameters["unet"]
     if part == "cross-attention":
-        return sum(_cross_attention(block, mid) for block in (*down, *([mid] if mid else []), *up))
+        return sum(_cross_attention(block) for block in (*down, *([mid] if mid else []), *up))
     if part == "mid":
-        return _block(mid, mid, time) if mid else 0
+        return _block(mid, time) if mid else 0
     output = norm(first) + conv(first, shapes.unet.get("out_channels", 4))
-    return output + sum(_block(block, mid, time) for block in up[-LAST_BLOCKS:])
+    return output + sum(_block(block, time) for block in up[-LAST_BLOCKS:])
 
 
 def convolution_numbers(shapes: ModelShapes, part: str) -> tuple[int, int]:
@@ -43,18 +42,18 @@ def convolution_numbers(shapes: ModelShapes, part: str) -> tuple[int, int]:
         square = block.channels**2
         wide += sum(9 * (inputs + outputs) * outputs for inputs, outputs in block.resnets) + 9 * square * block.resample
         narrow += sum(inputs * outputs for inputs, outputs in block.resnets if inputs != outputs)
-        narrow += 0 if shapes.unet.get("use_linear_projection", False) else 2 * square * transformers(block, mid)
+        narrow += 0 if shapes.unet.get("use_linear_projection", False) else 2 * square * len(block.depths)
     return wide, narrow
 
 
-def _cross_attention(block: Block, mid: Block | None) -> int:
+def _cross_attention(block: Block) -> int:
     """Query and output of the picture's width, key and value from the text's."""
     width, context = block.channels, block.context
     layer = linear(width, width, bias=False) + 2 * linear(context, width, bias=False) + linear(width, width)
-    return transformers(block, mid) * block.depth * layer
+    return sum(block.depths) * layer
 
 
-def _block(block: Block, mid: Block | None, time: tuple[int, int]) -> int:
+def _block(block: Block, time: tuple[int, int]) -> int:
     count = sum(sum(resnet_layers(inputs, outputs, time)) for inputs, outputs in block.resnets)
-    count += transformers(block, mid) * sum(transformer_layers(block.channels, block.depth, block.context))
+    count += sum(sum(transformer_layers(block.channels, depth, block.context)) for depth in block.depths)
     return count + conv(block.channels, block.channels) * block.resample

@@ -44,8 +44,7 @@ def offload_groups(shapes: ModelShapes) -> OffloadGroups:
     groups = []
     for block in (*down, *([mid] if mid else []), *up):
         groups += [sum(resnet_layers(inputs, outputs, time)) for inputs, outputs in block.resnets]
-        transformer = sum(transformer_layers(block.channels, block.depth, block.context))
-        groups += [transformer] * transformers(block, mid)
+        groups += [sum(transformer_layers(block.channels, depth, block.context)) for depth in block.depths]
         groups += [conv(block.channels, block.channels)] * block.resample
     return OffloadGroups(shapes.parameters["unet"] - sum(groups), max(groups))
 
@@ -64,25 +63,20 @@ def matrices(unet: Config) -> Iterator[tuple[int, int]]:
         yield from ((text, text), (text, text), (text, text), (text, time_width))
     for block in (*down, *([mid] if mid else []), *up):
         yield from ((time_width, numbers * channels_out) for _, channels_out in block.resnets)
-        for _ in range(transformers(block, mid)):
-            yield from attention_matrices(block)
-            yield from other_matrices(block)[0 if unet.get("use_linear_projection", False) else 2 :]
+        for depth in block.depths:
+            yield from attention_matrices(block, depth)
+            yield from other_matrices(block, depth)[0 if unet.get("use_linear_projection", False) else 2 :]
 
 
-def transformers(block: Block, mid: Block | None) -> int:
-    """How many transformers a block has."""
-    return 0 if not block.depth else 1 if block is mid else len(block.resnets)
-
-
-def attention_matrices(block: Block) -> Iterator[tuple[int, int]]:
+def attention_matrices(block: Block, depth: int) -> Iterator[tuple[int, int]]:
     """(inputs, outputs) of the attention layers of one of a block's transformers."""
     width, context = block.channels, block.context
-    for _ in range(block.depth):
+    for _ in range(depth):
         yield from [(width, width)] * 6  # query and output of both, key and value of the first
         yield from [(context, width)] * 2
 
 
-def other_matrices(block: Block) -> list[tuple[int, int]]:
+def other_matrices(block: Block, depth: int) -> list[tuple[int, int]]:
     """The projections around the blocks, which may be 1x1 convolutions, and the feed-forward layers."""
     width = block.channels
-    return [(width, width)] * 2 + [(width, 8 * width), (4 * width, width)] * block.depth
+    return [(width, width)] * 2 + [(width, 8 * width), (4 * width, width)] * depth

@@ -6,19 +6,19 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
+from src import base_models, devices
 from src.bench import __main__ as bench
 from src.bench import designs, growth, memory, quality, random_models, sdcpp_side, sides, speed, train
 from src.bench.report import Report, device_name
 from src.bench.script_loop import ScriptLoop
 from src.config import PROJECT_FOLDER
-from src.errors import UserError
+from src.errors import ExitCode, UserError
 from src.example_subject import COLOURS
 from src.generator import TextToImageGenerator
 from tests.tiny import pipelines
@@ -58,7 +58,8 @@ def test_what_would_change_nothing_or_fail_after_minutes_is_refused_at_once(word
 
 def test_a_table_is_named_after_what_it_was_measured_on_and_with(monkeypatch, tmp_path) -> None:
     """Only memory and designs ask a card; only what has a full size is called full."""
-    monkeypatch.setattr("src.bench.report.devices.detect_cards", lambda: [SimpleNamespace(name="H200")])
+    monkeypatch.setattr(base_models, "pick_device", lambda name: torch.device("cuda:0"))
+    monkeypatch.setattr(base_models, "name_of", lambda device: "H200")
     asked = {}
     monkeypatch.setattr(bench, "_in_folder", lambda part, **options: asked.update({part: options}) or [{"": "a row"}])
     monkeypatch.setattr(bench, "_start", lambda: [{"": "a row"}])
@@ -75,8 +76,19 @@ def test_a_table_is_named_after_what_it_was_measured_on_and_with(monkeypatch, tm
     assert (asked["swap"], asked["designs"], asked["train"]) == ({}, {"compiled": True}, {"full": True, "script": None})
 
 
+@pytest.mark.parametrize(("device", "named"), [("cpu", [False, False]), ("mps", [False, True]), ("cuda:0", [True, True])])
+def test_a_report_is_named_after_the_card_that_torch_takes(device, named, monkeypatch) -> None:
+    """Beside a torch for the CPU alone a card does nothing; of a Mac only the designs are timed on its GPU."""
+    monkeypatch.setattr(devices, "detect_cards", lambda: [SimpleNamespace(name="GeForce")])
+    monkeypatch.setattr(base_models, "pick_device", lambda name: torch.device(device))
+    monkeypatch.setattr(base_models, "name_of", lambda _: "GeForce")
+    names = [device_name(bench.ON_CARD[part]) for part in ("memory", "designs")]
+    assert [name in ("GeForce", "Apple GPU") for name in names] == named
+    assert device_name() == device_name(bench.ON_CARD.get("speed", ()))
+
+
 @pytest.mark.parametrize("error", [UserError("it fell over"), KeyboardInterrupt()])
-def test_rows_that_were_measured_stay_when_the_next_fails(error, monkeypatch, tmp_path) -> None:
+def test_rows_that_were_measured_stay_when_the_next_fails(error, monkeypatch, tmp_path, capsys) -> None:
     def measure(part: str, **options: object) -> Iterator[dict[str, str]]:
         yield {"": "stock"}
         if not done:
@@ -90,8 +102,9 @@ def test_rows_that_were_measured_stay_when_the_next_fails(error, monkeypatch, tm
     assert bench.main(words) == 0
     (whole,) = tmp_path.glob("*.md")
     before = whole.read_bytes()
-    with nullcontext() if isinstance(error, UserError) else pytest.raises(KeyboardInterrupt):
-        assert bench.main(words) == 1
+    capsys.readouterr()
+    assert bench.main(words) == (1 if isinstance(error, UserError) else ExitCode.INTERRUPTED)
+    assert len(capsys.readouterr().err.splitlines()) == 1
     (kept,) = tmp_path.glob("swap-not-finished-*.md")
     assert "| stock |" in kept.read_text()
     assert whole.read_bytes() == before
@@ -184,7 +197,7 @@ def test_on_a_card_each_row_of_the_budget_is_drawn_under_its_cap(tmp_path, monke
         return sides.Measured(1, 1, 2.5, 11 * memory.GIB // 10, memory.GIB, "group-offload")
 
     monkeypatch.setattr(memory, "measure", measure)
-    monkeypatch.setattr(memory.devices, "detect_cards", lambda: ["a card"])
+    monkeypatch.setattr(base_models, "pick_device", lambda name: torch.device("cuda:0"))
     monkeypatch.setattr(memory.random_models, "write", lambda model, name, precision: model.mkdir())
     rows = [row for row in memory.run(tmp_path, full=True) if isinstance(row, dict)]
     assert [drawing.max_vram_gb for drawing in asked] == [2, 3, 4, 6, 8, 2, 6, 4]

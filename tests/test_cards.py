@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from src import base_models, devices
+from src import base_models, devices, optimizations
 from src.base_models import pick_device
+from src.config import AppConfig
 from src.errors import ExitCode
+from src.generator import TextToImageGenerator
 from tests.tiny.model_folders import refusal
 
 
@@ -51,3 +53,14 @@ def test_a_card_that_a_torch_for_the_cpu_leaves_idle_is_said(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(devices, "detect_card", lambda: None)
     assert base_models.idle_card("auto", cpu) is None
+
+
+def test_a_card_without_products_of_int8_is_said_before_a_model_is_loaded(monkeypatch):
+    monkeypatch.setattr(base_models, "pick_device", lambda name: torch.device("cuda:0"))
+    monkeypatch.setattr(base_models, "load", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(optimizations, "memory_budget", lambda *_: 8 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GTX 1080")
+    config = AppConfig()
+    config.optimization.quantize = "int8"
+    assert "this is a GTX 1080; use --quantize nf4" in refusal(ExitCode.USAGE, TextToImageGenerator(config).load_model)

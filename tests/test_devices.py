@@ -174,7 +174,7 @@ def test_the_smaller_of_both_is_free(monkeypatch):
 
 def test_linux_within_windows_spills_as_windows_does(monkeypatch):
     for text, expected in (("5.15.153.1-microsoft-standard-WSL2\n", True), ("6.8.0-45-generic\n", False), ("", False)):
-        monkeypatch.setattr(devices, "_read_text", lambda path, text=text: text)
+        monkeypatch.setattr(devices, "system_text", lambda path, text=text: text)
         assert devices.driver_spills() is expected
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from src import base_models, optimizations
-from src.config import OptimizationConfig
+from src import base_models, devices, generator, memory_plan, optimizations, orders
+from src.arguments import build_config, parse_arguments
+from src.config import AppConfig, OptimizationConfig
 from src.diffusion import NoiseSchedule
-from src.errors import UserError, is_out_of_memory
+from src.errors import ExitCode, UserError, is_out_of_memory
 from src.memory_prediction import GIB
 from src.schedulers import build_scheduler, find_sampler
 from src.scratch import unet
@@ -16,6 +17,7 @@ from src.train_config import TrainRun
 from src.training import engine
 
 MAC = torch.device("mps")
+IMPOSSIBLE = [("enable_attention_slicing", True, "black pictures on a Mac"), ("quantize", "nf4", "needs an NVIDIA card")]
 
 
 def test_memory_is_held_to_what_the_system_recommends_or_to_less(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,3 +84,31 @@ def test_trainings_that_it_cannot_do_are_refused_before_anything_is_loaded(
         setattr(run.train, name, value)
     with pytest.raises(UserError, match=said):
         engine.build_accelerator(run)
+
+
+@pytest.mark.parametrize(("name", "value", "said"), IMPOSSIBLE)
+def test_switches_that_it_cannot_follow_are_refused_before_a_model_is_fetched(
+    name: str, value: object, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = AppConfig()
+    setattr(config.optimization, name, value)
+    monkeypatch.setattr(base_models, "pick_device", lambda name: MAC)
+    monkeypatch.setattr(base_models, "load", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(optimizations, "memory_budget", lambda *_: 8 * GIB)
+    with pytest.raises(UserError, match=said) as caught:
+        generator.TextToImageGenerator(config).load_model()
+    assert caught.value.exit_code is ExitCode.USAGE
+    monkeypatch.setattr(devices, "has_apple_gpu", lambda: True)
+    for device, is_refused in {"auto": True, "mps": True, "cuda": False}.items():
+        if is_refused:
+            with pytest.raises(UserError, match=said):
+                memory_plan.check_device(config.optimization, device)
+        else:
+            memory_plan.check_device(config.optimization, device)
+
+
+def test_the_command_line_asks_before_it_imports_torch(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setattr(devices, "has_apple_gpu", lambda: True)
+    typed = parse_arguments(["x", "--attention-slicing", "--model", "embedded", "--output", str(tmp_path)])
+    with pytest.raises(UserError, match="black pictures on a Mac"):
+        orders.check_surroundings(typed, build_config(typed))

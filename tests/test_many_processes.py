@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy
 import psutil
 import pytest
+import torch
 from PIL import Image
 
 from src import cli, processes, terminal
@@ -93,6 +94,7 @@ def test_what_a_launcher_says() -> None:
 
 
 def test_threads_are_the_cores_shared_out_unless_somebody_chose(monkeypatch) -> None:
+    monkeypatch.setattr(processes, "quota_cores", lambda: None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)), raising=False)
     monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 16 if logical else 8)
     pair = Processes(0, 4, 0, 2)
@@ -100,11 +102,53 @@ def test_threads_are_the_cores_shared_out_unless_somebody_chose(monkeypatch) -> 
     assert pair.cpu_threads({"OMP_NUM_THREADS": "3"}) is None
     assert Processes(0, 16, 0, 16).cpu_threads({}) == 1
     assert ALONE.cpu_threads({}) is None
+    assert ALONE.cpu_threads({"OMP_NUM_THREADS": "1"}) is None, "somebody chose"
+    alone_by_accelerate = {"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}
+    assert ALONE.cpu_threads(alone_by_accelerate) == 8
+    assert ALONE.cpu_threads({**alone_by_accelerate, "OMP_NUM_THREADS": "3"}) is None
+
+
+@pytest.mark.parametrize(("quota", "threads"), [(None, [None, 4, 8]), (2, [2, 1, 2]), (6, [6, 3, 6]), (64, [None, 4, 8])])
+def test_a_containers_quota_bounds_the_threads(monkeypatch, quota, threads) -> None:
+    """As docker run --cpus=2 has it on a machine of many cores, all of which the process may use."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)), raising=False)
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 16 if logical else 8)
+    monkeypatch.setattr(processes, "quota_cores", lambda: quota)
+    accelerate = {"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}
+    assert [ALONE.cpu_threads({}), Processes(0, 2, 0, 2).cpu_threads({}), ALONE.cpu_threads(accelerate)] == threads
+    assert ALONE.cpu_threads({"OMP_NUM_THREADS": "5"}) is None
+
+
+def test_torch_is_told_its_threads_or_left_as_it_is(monkeypatch) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    for threads in (3, None):
+        monkeypatch.setattr(Processes, "cpu_threads", lambda _, threads=threads: threads)
+        ALONE.set_threads()
+    assert told == [3]
+
+
+@pytest.mark.parametrize(
+    ("files", "cgroup", "cores"),
+    [
+        ({"cpu.max": "400000 100000\n"}, "0::/", 4), ({"cpu.max": "150000 100000"}, "0::/", 2), ({"cpu.max": "5000 100000"}, "0::/", 1),
+        ({"cpu.max": "max 100000"}, "0::/", None), ({"cpu.max": "max 100000", "a/b/cpu.max": "300000 100000"}, "0::/a/b", 3),
+        ({"cpu.max": "200000 100000", "a/cpu.max": "800000 100000"}, "0::/a", 2),
+        ({"cpu/cpu.cfs_quota_us": "250000", "cpu/cpu.cfs_period_us": "100000"}, "3:cpu:/x", 3),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, "3:cpu:/x", None), ({}, "", None),
+    ],
+)  # fmt: skip
+def test_a_quota_is_read_in_cores(files, cgroup, cores, tmp_path) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert processes.quota_cores(cgroup, tmp_path) == cores
 
 
 def test_cores_that_a_launcher_gave_to_one_process_are_not_shared_again(monkeypatch) -> None:
     """As mpirun binds: the process may use three cores of its launcher's twelve."""
     usable = {0: 3, os.getppid(): 12}
+    monkeypatch.setattr(processes, "quota_cores", lambda: None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(usable[process])), raising=False)
     monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 16 if logical else 12)
     assert Processes(0, 4, 0, 4).cpu_threads({}) == 3

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -15,6 +16,7 @@ from src.config import AppConfig, OptimizationConfig
 from src.errors import ExitCode, UserError, is_out_of_memory
 from src.generator import TextToImageGenerator
 from src.memory_prediction import Placement
+from src.processes import Processes
 from tests.tiny import pipelines
 
 PROMPT = "a red circle left of a blue square"
@@ -119,6 +121,24 @@ def test_what_the_card_has_free_is_what_windows_leaves(monkeypatch) -> None:
     assert elsewhere - optimizations.memory_budget(card, OptimizationConfig()) == memory_plan.WINDOWS_RESERVE_BYTES
     held = (7 * GIB - memory_plan.WINDOWS_RESERVE_BYTES) / (8 * GIB)  # of the allocator: the context is not its own
     assert shares == [1.0, 0.5, pytest.approx(held)]
+
+
+@pytest.mark.parametrize(
+    ("contained", "machine", "processes", "is_short"),
+    [(3, 99, 1, False), (1, 99, 1, True), (3, 99, 2, True), (None, 3, 1, False), (None, 3, 2, True)],
+)
+def test_weights_are_pinned_where_the_container_leaves_each_process_enough(
+    monkeypatch, contained, machine, processes, is_short
+) -> None:
+    """Amounts in sizes of the U-Net; twice that is enough."""
+    pipeline, said = pipelines.sd1(), []
+    size = sum(item.numel() * item.element_size() for item in pipeline.unet.parameters())
+    monkeypatch.setattr(optimizations, "available_memory_bytes", lambda: contained and contained * size)
+    monkeypatch.setattr(optimizations.psutil, "virtual_memory", lambda: SimpleNamespace(available=machine * size))
+    monkeypatch.setattr(optimizations, "from_environment", lambda: Processes(0, processes, 0, processes))
+    monkeypatch.setattr(optimizations, "apply_group_offloading", lambda module, **options: said.append(options))
+    optimizations._offload_groups(pipeline, torch.device("cuda"))
+    assert [options["low_cpu_mem_usage"] for options in said if "use_stream" in options] == [is_short]
 
 
 def test_a_measured_peak_is_what_a_plan_counts(monkeypatch) -> None:

@@ -340,7 +340,11 @@ def test_a_job_file_is_found_at_home(here: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_contradictory_switches_and_a_missing_package_are_found_before_a_model_is_loaded(here: Path, monkeypatch) -> None:
-    for argv in (["x", "--memory", "fast", "--model-cpu-offload"], ["x", "--quantize", "int8", "--lowvram"]):
+    for argv in (
+        ["x", "--memory", "fast", "--model-cpu-offload"],
+        ["x", "--quantize", "int8", "--lowvram"],
+        ["x", "--xformers", "--attention-slicing"],
+    ):
         typed = parse_arguments([*argv, "--model", "embedded"])
         with pytest.raises(UserError, match=r"contradict|exclude") as caught:
             orders.check_surroundings(typed, build_config(typed))

@@ -30,7 +30,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {  # with the options that each takes
     "start": (), "swap": (), "speed": ("full", "compiled", "openvino", "sdcpp"), "memory": ("full",), "growth": ("full",),
     "quality": ("full",), "train": ("full", "script"), "designs": ("compiled",),
 }  # fmt: skip
-ON_CARD = ("memory", "designs")  # where there is one; the others ask the CPU
+ON_CARD = {"memory": ("cuda",), "designs": ("cuda", "mps")}  # where torch has one; the others ask the CPU
 RUNS, DRAWINGS = 10, 5
 WRONG_FLAG = "--widht"
 PROMPT = "a red circle on a white background"
@@ -64,6 +64,9 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; the rows measured so far are kept", file=sys.stderr)
+        return ExitCode.INTERRUPTED
     return ExitCode.OK
 
 
@@ -92,7 +95,8 @@ def _check(names: Sequence[str], options: argparse.Namespace) -> None:
 def _measure(name: str, options: Mapping[str, Any], typed: str, folder: Path) -> None:
     """Run one part and write its table: of one that ended early beside an earlier one, not in its place."""
     print(f"\n{name}")
-    report = Report(f"{name} full" if options.get("full") else name, f"python -m src.bench {typed}", on_card=name in ON_CARD)
+    what = f"{name} full" if options.get("full") else name
+    report = Report(what, f"python -m src.bench {typed}", ON_CARD.get(name, ()))
     try:
         report.add(_start() if name == "start" else _in_folder(name, **options))
     except BaseException:  # Ctrl-C as well

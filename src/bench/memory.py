@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from src import devices
+from src import base_models
 from src.bench import random_models
 from src.bench.report import Row
 from src.bench.sides import Drawing, measure
@@ -24,7 +24,7 @@ ON_CPU = (("small-sd", 512), ("sd15", 512), ("sd21", 768), ("sdxl", 1024))
 
 def run(folder: Path, *, full: bool) -> Iterator[str | Row]:
     """Draw and give the lines of the report. ``full``: models of the well-known shapes with random weights."""
-    if devices.detect_cards():
+    if base_models.pick_device("auto").type == "cuda":  # of a Mac the CPU is measured
         yield from _on_card(folder)
         return
     yield f"the process's resident memory at its peak, {STEPS} steps, guidance on; there is no card here"

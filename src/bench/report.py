@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -19,11 +19,13 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 FIRST_COLUMN = 34  # characters
 
 
-def device_name(on_card: bool = False) -> str:
-    """The CPU's name with its arithmetic, which a rented machine's name may hide, and cores; ``on_card``: a card's, if any."""
-    cards = devices.detect_cards() if on_card else []
-    if cards:
-        return cards[0].name
+def device_name(cards: Collection[str] = ()) -> str:
+    """What did the work: the card that torch takes, if it is one of these kinds (cuda, mps), else the CPU.
+
+    A CPU is named with its arithmetic, which a rented machine's name may hide, and cores.
+    """
+    if cards and (card := _card_name(cards)):
+        return card
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -33,11 +35,22 @@ def device_name(on_card: bool = False) -> str:
     return f"{model}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
 
 
+def _card_name(kinds: Collection[str]) -> str | None:
+    """By torch, not by the driver: beside a torch for the CPU alone a card does nothing."""
+    from src import base_models  # torch: seconds, which a report on the CPU need not take
+
+    device = base_models.pick_device("auto")
+    if device.type not in kinds:
+        return None
+    return "Apple GPU" if device.type == "mps" else base_models.name_of(device)
+
+
 class Report:
     """Collects the lines of one bench and prints each at once."""
 
-    def __init__(self, what: str, command: str, on_card: bool = False) -> None:
-        self.what, self.command, self.device = what, command, device_name(on_card)
+    def __init__(self, what: str, command: str, cards: Collection[str] = ()) -> None:
+        """``cards``: as for ``device_name``."""
+        self.what, self.command, self.device = what, command, device_name(cards)
         print(f"  {self.device}")
         self.items: list[str | Row] = []
         self._columns: tuple[str, ...] = ()
