@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from itertools import islice
 
 import numpy as np
@@ -110,18 +112,37 @@ def test_on_a_lattice_things_stand_between_squares_of_latents_upright_and_in_few
         .astype(int)
     )
     assert np.ptp(columns, axis=1).max() == 0  # a square has one of the two colours
-    places = {(thing.x, thing.y) for scene in settled if scene.kind == "group" for thing in scene.things}
-    assert len(places) == 36  # each quarter has nine
+
+
+def test_processes_that_draw_scenes_load_no_torch() -> None:
+    """One a core, each would take half a gigabyte and ten seconds for it."""
+    code = "import sys, src.scenes.shards; print(sorted({'torch', 'diffusers', 'matplotlib'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_on_a_lattice_an_arrangement_moves_as_a_whole() -> None:
+    """Four things, each with nine places of its own, would be 6,561 pictures of one caption; moved together they are nine."""
+    made: dict[tuple, dict[tuple, set]] = {}
+    for scene in islice(grammar.scenes(3, "train", ("pair", "group"), lattice_px=8), 6000):
+        left, top = min(thing.x for thing in scene.things), min(thing.y for thing in scene.things)
+        arrangement = tuple(sorted((thing.x - left, thing.y - top) for thing in scene.things))
+        made.setdefault((scene.relation, len(scene.things)), {}).setdefault(arrangement, set()).add((left, top))
+    for (relation, number), arrangements in made.items():
+        assert len(arrangements) == ({"and": 2}.get(relation, 1) if relation else {2: 2, 3: 4, 4: 1}[number])
+        assert all(len(moved) == 9 for moved in arrangements.values())
+    assert set(made[None, 2]) == {((0, 0), (64, 64)), ((0, 64), (64, 0))}  # across the middle, as on a die
 
 
 def test_landscapes_stand_on_the_lattice_too() -> None:
-    lands = list(islice(grammar.scenes(5, "train", ("landscape",), lattice_px=8), 200))
+    lands = list(islice(grammar.scenes(5, "train", ("landscape",), lattice_px=8), 1000))
     views = [drawing._view_of(scene.landscape) for scene in lands]
     places = {
         place / drawing.FINER % 8 for view in views for place in (*view.house[:2], view.horizon * SIZE_PX * drawing.FINER)
     }
     assert places | {place / drawing.FINER % 8 for view in views for tree in view.trees for place in tree[:2]} == {0}
-    assert len({(view.house, tuple(view.trees), tuple(view.hills)) for view in views}) > 150
+    arrangements = {(view.house[0], frozenset(tree[0] for tree in view.trees), view.light[0]) for view in views}
+    assert len(arrangements) == 2 * 4 * (3 + 3 + 1)  # the sun's side, the house's place, one, two or three of the other places
+    assert len({tuple(view.stars) for scene, view in zip(lands, views) if scene.landscape.time == "at night"}) == 1
 
 
 def test_splits_never_share_a_caption_and_unseen_pairs_are_in_one_alone() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from random import Random
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -148,17 +149,24 @@ def _view_of(land: Landscape) -> View:
     random, size = Chance(land.seed, land.lattice_px), SIZE_PX * FINER
 
     def place(low: float, high: float) -> float:
-        """Between two shares of the picture's side, in pixels of the large canvas."""
-        return random.place(low * SIZE_PX, high * SIZE_PX) * FINER
+        """Between two shares of the picture's side, in pixels of the large canvas; on a lattice next to their middle."""
+        settled = random.rounded((low + high) / 2 * SIZE_PX, land.lattice_px)
+        return random.free(low * SIZE_PX, high * SIZE_PX, settled) * FINER
 
     horizon = place(0.5, 0.6)
     x = random.choice((0.2, 0.8))
-    light = (place(x - 0.05, x + 0.05), horizon - 0.06 * size if land.time == "at sunset" else place(0.15, 0.22))
+    low = horizon - random.rounded(0.06 * SIZE_PX, land.lattice_px) * FINER
+    light = (place(x - 0.05, x + 0.05), low if land.time == "at sunset" else place(0.15, 0.22))
+    chance = Random(0) if land.lattice_px else random  # there, all nights have the same stars
     stars = [
-        (place(0, 1), place(0, horizon / size * 0.9), random.free(1.5, 3.5, 2.5))
+        (
+            chance.uniform(0, SIZE_PX) * FINER,
+            chance.uniform(0, horizon / size * 0.9 * SIZE_PX) * FINER,
+            random.free(1.5, 3.5, 2.5),
+        )
         for _ in range(14 if land.time == "at night" else 0)
     ]
-    hills = [random.rounded(random.uniform(0, 2 * math.pi), math.pi / 2 if land.lattice_px else 0) for _ in range(2)]
+    hills = [random.free(0, 2 * math.pi, begin) for begin in (0, math.pi / 2)]
     places = [share * size for share in random.sample([0.125, 0.375, 0.625, 0.875], land.trees + 1)]
     house = (places[0], horizon + place(0.26, 0.32), size)
     trees = [(x, horizon + place(0.2, 0.34), size * random.free(0.9, 1.1, 1)) for x in places[1:]]

@@ -126,11 +126,12 @@ class Scene:
 
 
 class Chance(Random):
-    """Random numbers, of which those that place things can be rounded to a lattice.
+    """Random numbers, of which those that place things can be settled on a lattice.
 
     A VAE sees squares of 8 x 8 pixels. A shape that may stand at any pixel, in any size and a little turned, is thousands of
-    patterns of latents; upright, in one size and with its middle between four squares it is one. The rounding comes after the
-    drawing of lots, so a seed's captions are the same on every lattice.
+    patterns of latents; upright, in one size and with its middle between four squares it is one. And four things, each in one
+    of nine places, are 6,561 arrangements; one that moves as a whole, by at most a square each way, is nine. What is settled
+    was drawn by lot before, so a seed's captions are the same on every lattice.
     """
 
     def __init__(self, seed: object, lattice_px: int) -> None:
@@ -138,8 +139,10 @@ class Chance(Random):
         self.lattice_px = lattice_px
 
     def place(self, low: float, high: float) -> float:
-        """A number of pixels between two that lie on the lattice, or nearly."""
-        return self.rounded(self.uniform(low, high), self.lattice_px)
+        """A number of pixels between two; on a lattice what is nearest to the middle of both, or one step to either side."""
+        share, step = self.random(), self.lattice_px
+        middle = self.rounded((low + high) / 2, step)
+        return middle + (math.floor(3 * share) - 1) * step if step else low + share * (high - low)
 
     def size(self, low: float, high: float) -> float:
         """A radius: with a lattice always the same, the middle of both, in half steps of it."""
@@ -246,13 +249,13 @@ def _side_by_side(random: Chance, relation: str) -> list[tuple[float, float, flo
     """Two places with a gap between; the first is clearly on the side that the relation names, ``and`` leaves it open."""
     first, second = random.size(*PAIR_PX), random.size(*PAIR_PX)
     direction = random.choice(RELATIONS[:4]) if relation == "and" else relation
-    apart = first + second + GAP_PX + random.place(0, 10)
+    apart = first + second + GAP_PX + random.free(0, 10, 0)
     start = MARGIN_PX + first + random.place(0, max(0.0, SIZE_PX - 2 * MARGIN_PX - first - second - apart))
     across = 64 + random.place(-16, 16)
     along = (start, start + apart)
     if direction in ("right of", "below"):
         along = (SIZE_PX - along[0], SIZE_PX - along[1])
-    others = (across + random.place(-5, 5), across + random.place(-5, 5))
+    others = (across + random.free(-5, 5, 0), across + random.free(-5, 5, 0))
     if direction in ("left of", "right of"):
         return [(along[0], others[0], first), (along[1], others[1], second)]
     return [(others[0], along[0], first), (others[1], along[1], second)]
@@ -263,12 +266,16 @@ def _group(random: Chance) -> Scene:
     number, background = random.choice(list(NUMBERS)), _background(random)
     shape, colour, radius = random.choice(SHAPES), _colour(random, background.colours), random.size(*GROUP_PX)
     low, high = MARGIN_PX + radius, (SIZE_PX - GAP_PX) / 2 - radius  # of the first quarter
-
-    def within(is_second: bool) -> float:
-        place = random.place(low, high)
-        return SIZE_PX - place if is_second else place
-
-    places = [(within(quarter % 2 == 1), within(quarter >= 2)) for quarter in random.sample(range(4), number)]
+    quarters = random.sample(range(4), number)
+    inside = [(random.place(low, high), random.place(low, high)) for _ in quarters]
+    if random.lattice_px:  # all move alike, and two stand across the middle, as on a die
+        (x, y), half = inside[0], SIZE_PX / 2
+        quarters = [quarters[0], 3 - quarters[0]] if number == 2 else quarters
+        places = [(x + half * (quarter % 2), y + half * (quarter // 2)) for quarter in quarters]
+    else:
+        places = [
+            (SIZE_PX - x if quarter % 2 else x, SIZE_PX - y if quarter >= 2 else y) for quarter, (x, y) in zip(quarters, inside)
+        ]
     things = tuple(Thing(shape, colour, x, y, radius, random.free(-8, 8, 0)) for x, y in places)
     plural = f"{shape}es" if shape.endswith("s") else f"{shape}s"
     return Scene("group", f"{NUMBERS[number]} {colour} {plural} on {describe(background)}", things, background)
