@@ -141,9 +141,7 @@ def _check_beginning(work: Any, settings: ScratchSettings, phases: Sequence[str]
     from src.scratch.phases import NEEDS
 
     for phase in phases:
-        is_there = (work.of(phase) / "final").exists() and not any(
-            work.of(phase).glob("checkpoint-*")
-        )  # which say more
+        is_there = (work.of(phase) / "final").exists() and not any(work.of(phase).glob("checkpoint-*"))  # which say more
         later = [name for name in PHASES[:-1] if phase in NEEDS[name]]
         if is_there and not work.is_done(phase, settings) and any((work.of(name) / "final").exists() for name in later):
             raise usage_error(
