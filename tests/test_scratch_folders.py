@@ -179,6 +179,10 @@ def test_latents_are_kept_part_by_part(copied: Path, monkeypatch) -> None:  # no
 def test_the_page_says_of_which_part_of_the_grammar_a_model_is(made: Path) -> None:  # noqa: F811
     card = json.loads((made / "model" / "card.json").read_text())
     assert "a part of this" not in page_of(card)
+    for phase, count in (("vae", 40), ("clip", 40), ("tokenizer", 50)):
+        card["phases"][phase]["scenes_before"] = {"count": count}
+    assert "vae, clip learnt from other scenes (count 40);\n" in page_of(card)
+    assert "tokenizer learnt from other scenes (count 50);\n" in page_of(card)
     card["phases"]["scenes"]["settings"]["grammar"] = "simple"
     assert "a part of this, the simple grammar: one thing on a plain background, without outline." in page_of(card)
 

@@ -63,7 +63,7 @@ def draw_scenes(work: Work, settings: ScratchSettings, terminal: Terminal) -> di
     terminal.start_progress(sum(counts.values()))
     done = 0
     try:
-        drawn = workers.work(draw_shard, None, jobs, workers.process_count(None, SHARD * len(jobs)), AGAIN)
+        drawn = workers.work(draw_shard, None, jobs, min(len(jobs), workers.process_count(None, sum(counts.values()))), AGAIN)
         for (seed, split, count, *_), (data, pngs) in zip(jobs, drawn):
             stem = f"{split}-{seed % 1_000_000:07d}"
             contents |= {f"{stem}.json": data, f"{stem}.png-s": pngs}
