@@ -133,6 +133,13 @@ def test_on_a_lattice_an_arrangement_moves_as_a_whole() -> None:
     assert set(made[None, 2]) == {((0, 0), (64, 64)), ((0, 64), (64, 0))}  # across the middle, as on a die
 
 
+def test_hard_scenes_are_those_with_what_is_learnt_last() -> None:
+    hard = re.compile(r"dotted|outline|inside|house|^(a picture of )?(two|three) ")
+    some = list(islice(grammar.scenes(9, "train"), 3000))
+    assert [grammar.is_hard(scene) for scene in some] == [bool(hard.search(scene.caption)) for scene in some]
+    assert 0.3 < sum(map(grammar.is_hard, some)) / len(some) < 0.5
+
+
 def test_landscapes_stand_on_the_lattice_too() -> None:
     lands = list(islice(grammar.scenes(5, "train", ("landscape",), lattice_px=8), 1000))
     views = [drawing._view_of(scene.landscape) for scene in lands]

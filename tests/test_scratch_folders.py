@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -207,3 +208,22 @@ def test_prompts_of_sdxl_are_refused_before_it_is_loaded(tmp_path: Path) -> None
     folder = tiny_model(tmp_path / "xl", "sdxl")
     with pytest.raises(UserError, match=r"SD 1\.x and 2\.x"):
         latent_space.between_prompts(folder, ["a", "b"], 2, 0, Terminal())
+
+
+def test_hard_scenes_are_drawn_so_many_times_as_often(copied: Path, monkeypatch) -> None:  # noqa: F811
+    hard = re.compile(r"dotted|outline|inside|house|^(a picture of )?(two|three) ")
+    drawn: list[int] = []
+
+    def seen(student: object, material: unet.Material, which: torch.Tensor, *others: object) -> torch.Tensor:
+        drawn.extend(which.tolist() if len(which) == 64 else ())  # held-out ones are judged 32 together
+        return torch.zeros((), requires_grad=True)
+
+    monkeypatch.setattr(unet, "loss_of", seen)
+    often = arguments(**{"unet.hard_scenes": 9, "unet.steps": 20, "unet.batch_size": 64, "unet.validation_steps": 20})
+    monkeypatch.setattr(unet.Pupil, "shapes_loss", lambda pupil, shapes: torch.zeros((), requires_grad=True))
+    assert main(["unet", "--restart", "--work", str(copied), *often]) == 0
+    captions = read_pictures(Work(copied, print).result("scenes"), "train").captions
+    count = sum(bool(hard.search(caption)) for caption in captions)
+    share = sum(bool(hard.search(captions[index])) for index in drawn) / len(drawn)
+    assert share == pytest.approx(9 * count / (9 * count + len(captions) - count), abs=0.05)
+    assert len(drawn) == 20 * 64

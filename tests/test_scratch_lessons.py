@@ -177,7 +177,7 @@ def test_a_network_that_knows_all_has_no_loss_and_dropped_captions_are_the_empty
     schedule, settings = NoiseSchedule.from_config(unet.SCHEDULER), UnetSettings()
     latents = torch.randn(6, 4, 8, 8)
     embeddings, caption_of = torch.arange(4.0)[:, None, None].expand(4, 5, 2), torch.tensor([0, 1, 2, 0, 1, 2])
-    material = unet.Material(latents, embeddings, caption_of, torch.zeros(6, 8, 8))
+    material = unet.Material(latents, embeddings, caption_of, torch.zeros(6, 8, 8), torch.ones(6))
     seen: list[list[float]] = []
 
     class Knowing(nn.Module):

@@ -60,7 +60,7 @@ def _measure(settings: UnetSettings, latents: tuple[int, int], device: torch.dev
     count = 4 * settings.batch_size
     material = unet.Material(
         torch.randn(count, channels, side, side), torch.randn(CAPTIONS, LENGTH, TEXT_WIDTH).bfloat16(),
-        torch.randint(CAPTIONS, (count,)), torch.zeros(count, side, side, dtype=torch.uint8),
+        torch.randint(CAPTIONS, (count,)), torch.zeros(count, side, side, dtype=torch.uint8), torch.ones(count),
     )  # fmt: skip
     schedule = NoiseSchedule.from_config(unet.SCHEDULER).to(device)
     optimizer = Muon(parameter_groups(network, settings.weight_decay), settings.learning_rate)

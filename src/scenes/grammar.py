@@ -170,6 +170,14 @@ def is_unseen(colour: str, shape: str) -> bool:
     return (list(COLOURS).index(colour) - 5 * SHAPES.index(shape)) % len(COLOURS) == 3
 
 
+def is_hard(scene: Scene) -> bool:
+    """Whether it has what is learnt last: dots, an outline, a thing inside another, two or three alike, a house with trees."""
+    if scene.background is None:
+        return True
+    few = scene.kind == "group" and len(scene.things) < 4
+    return few or scene.background.kind == "dotted" or scene.relation == "inside" or scene.things[0].outline is not None
+
+
 def split_of(scene: Scene) -> str:
     """``unseen`` if a combination in it is; else one caption in 16 is ``held-out``, and the rest is for training."""
     if any(is_unseen(thing.colour, thing.shape) for thing in scene.things):

@@ -18,7 +18,9 @@ PHASES = ("scenes", "tokenizer", "vae", "clip", "unet", "assemble")
 PRECISIONS = ("auto", "fp32", "bf16")
 SWITCHES = ("auto", "on", "off")
 # Settings of later versions, and what stood for them before.
-ADDED = {"grammar": "full", "lattice_px": 0, "transformer_layers": 1, "caption_dropout_clear": 0.1, "told": 8}
+ADDED = {
+    "grammar": "full", "lattice_px": 0, "transformer_layers": 1, "caption_dropout_clear": 0.1, "told": 8, "hard_scenes": 1.0,
+}  # fmt: skip
 NOT_LEARNT = ("validation_steps", "checkpoint_steps", "examined")  # settings that change nothing of what is learnt
 MAX_SCENES = 400_000  # a manifest lists a thousand files
 
@@ -102,6 +104,7 @@ class UnetSettings:
     snr_gamma: float = 5.0
     snr_floor: float = 0.25  # what is added to min(SNR, gamma)
     shapes_weight: float = 0.3  # of the second task, to tell which shape lies where
+    hard_scenes: float = 1.0  # so many times as often as they occur, those that are learnt last: `src.scenes.grammar.is_hard`
     examined: int = 500  # prompts that the result is checked on
     steps: int = 19_000
     batch_size: int = 16

@@ -10,9 +10,7 @@ v halves the error in the same time (docs/bench/learning-*.md).
 
 A second task is learnt beside it: from the state of the middle block a linear layer tells which shape, house or tree lies in
 which cell of the picture. Pixels hardly differ between a star and a heart of the same colour and place; this loss does. The
-layer is not kept.
-
-The VAE and the text tower are frozen: latents and embeddings are computed once.
+layer is not kept. The VAE and the text tower are frozen: latents and embeddings are computed once.
 """
 
 from __future__ import annotations
@@ -43,6 +41,7 @@ from src.evaluation.checking import check
 from src.evaluation.skills import Judged, Scores, choose
 from src.images import contact_sheet, encode_png
 from src.scenes.drawing import TOLD, shapes_map
+from src.scenes.grammar import is_hard
 from src.scratch import clip, phase_report, vae
 from src.scratch.card import BEGAN_FROM, LAYERS, SAMPLES, SKILL, check_begin, files_of
 from src.scratch.learning import BEGUN, Lesson, device_of, learn, precision_of
@@ -75,6 +74,7 @@ class Material:
     embeddings: Tensor  # (captions + 1, length, width) bf16; the last is that of the empty caption
     caption_of: Tensor  # (N,)
     shapes: Tensor  # (N, 16, 16) uint8, what lies where: `src.scenes.drawing.shapes_map`
+    chances: Tensor  # (N,) how often each is drawn, beside the others: `UnetSettings.hard_scenes`
 
 
 class Pupil(nn.Module):
@@ -190,7 +190,7 @@ def learn_unet(work: Work, settings: ScratchSettings, terminal: Terminal) -> dic
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         random = torch.Generator().manual_seed(settings.unet.seed * 1_000_003 + step)
-        which = torch.randint(len(training.latents), (settings.unet.batch_size,), generator=random)
+        which = torch.multinomial(training.chances, settings.unet.batch_size, replacement=True, generator=random)
         chances = torch.rand(settings.unet.batch_size, generator=random)
         noise = loss_of(step_model, training, which, chances, random, schedule, settings.unet, device)
         shapes = pupil.shapes_loss(training.shapes[which].to(device))
@@ -278,7 +278,6 @@ def gather(work: Work, settings: ScratchSettings, split: str, autoencoder: torch
     pictures = read_pictures(work.result("scenes"), split)
     latents = _encoded(work, split, pictures.pixels, autoencoder, settings, terminal)
     distinct = sorted(set(pictures.captions))
-    number = {caption: index for index, caption in enumerate(distinct)}
     text = clip.read_text_tower(work).to(device_of(settings.machine))
     terminal.start_progress(len(distinct) + 1)
     embeddings = clip.embed(
@@ -291,16 +290,17 @@ def gather(work: Work, settings: ScratchSettings, split: str, autoencoder: torch
         shapes[index] = torch.from_numpy(shapes_map(scene, latents.shape[-1]))
         terminal.progress(index + 1, "unet    telling shapes")
     terminal.end_progress()
+    number = {caption: index for index, caption in enumerate(distinct)}
     caption_of = torch.tensor([number[caption] for caption in pictures.captions])
-    return Material(latents.float() * autoencoder.config.scaling_factor, embeddings, caption_of, shapes)
+    chances = torch.tensor([settings.unet.hard_scenes if is_hard(scene) else 1.0 for scene in pictures.scenes])
+    return Material(latents.float() * autoencoder.config.scaling_factor, embeddings, caption_of, shapes, chances)
 
 
 def _encoded(
     work: Work, split: str, pixels: Tensor, autoencoder: torch.nn.Module, settings: ScratchSettings, terminal: Terminal
 ) -> Tensor:
     """Latents (N, 12, 16, 16) in fp16, kept on the disk part by part, so that a kill costs one part."""
-    inputs = work.inputs("unet")
-    made_from = {"vae": inputs["vae"], "scenes": inputs["scenes"]}
+    made_from = {name: work.inputs("unet")[name] for name in ("vae", "scenes")}
     store, parts = CheckpointFolder(work.of("unet"), terminal.say), []
     names = [f"{LATENTS}{split}-{start:06d}" for start in range(0, len(pixels), KEPT)]
     terminal.start_progress(len(pixels))
